@@ -1,0 +1,186 @@
+"""`openelm demo`: the whole path with one command, and again from where it was when it is interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from openelm.cli.train import find_recipe, publish_average, train_run
+from openelm.config import apply_overrides, read_toml
+from openelm.data.manifest import SourceConfig, build_manifest
+from openelm.data.reading import read_documents
+from openelm.errors import DataError
+from openelm.evaluate.baselines import Baseline, baselines
+from openelm.evaluate.score import Score, bits_per_byte
+from openelm.evaluate.tables import aligned
+from openelm.files import folder_lock, make_folder, publish_folder
+from openelm.generate.engine import generate_text
+from openelm.generate.sampling import SamplingConfig
+from openelm.model.folder import load_model, weights_sha256, write_json
+from openelm.release.report import write_report
+from openelm.train.ledger import read_ledger, valid_events
+from openelm.train.run import Run, RunConfig, open_run
+
+_HELD_OUT_EVERY = 20  # of the user's own documents, one in this many is kept for the evaluation
+_DOCUMENT_BYTES = 16_384
+_AVERAGED = 5
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Run every stage that is not done yet and print what came of it."""
+    console, folder = Console(highlight=False), Path(arguments.out)
+    make_folder(folder)
+    with folder_lock(folder):
+        config = _demo_config(arguments, folder)
+        run = _open(folder, config, console)
+        train_run(run, console)
+        score, rows = _evaluate(run, console)
+        if arguments.compare_uniform:
+            rows = [*rows, _uniform_baseline(arguments, config, console)]
+        _publish(run, score, rows)
+        _show(run, score, rows, console)
+    return 0
+
+
+def _demo_config(arguments: argparse.Namespace, folder: Path, **model: str) -> RunConfig:
+    recipe = find_recipe("demo")
+    values = apply_overrides(read_toml(recipe), [f"train.seed={arguments.seed}"])
+    values["model"] |= model
+    if arguments.text:
+        values |= _own_text(arguments.text, folder.parent if model else folder, values)
+    return RunConfig.parse(apply_overrides(values, arguments.overrides), file=recipe)
+
+
+def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Split the user's documents into two files of the run folder, and point the recipe at them."""
+    split = folder / "text"
+    if not split.exists():
+        _split_documents(paths, split)
+    size_bytes = (split / "train.jsonl").stat().st_size
+    vocab_size = next(size for size, least in ((4096, 1_000_000), (1024, 200_000), (320, 0)) if size_bytes >= least)
+    prompt = json.loads((split / "held-out.jsonl").open().readline())["text"][:40]
+    return {
+        "tokenizer": {"vocab_size": vocab_size},
+        "data": {**values["data"], "sources": [{"name": "your text", "paths": [str(split / "train.jsonl")]}]},
+        "held_out": [{"name": "held-out documents", "paths": [str(split / "held-out.jsonl")]}],
+        "evaluation": {**values["evaluation"], "prompts": [prompt]},
+    }
+
+
+def _split_documents(paths: Sequence[str], split: Path) -> None:
+    """Put one document in twenty aside, chosen by the hash of its text; long text files are cut at blank lines.
+
+    Raises:
+        DataError: there are too few documents to keep one for the evaluation.
+    """
+    source = SourceConfig.parse({"name": "your text", "paths": list(paths), "document_bytes": _DOCUMENT_BYTES})
+    texts = [document.text for document in read_documents(build_manifest([source]))]
+    if len(texts) < 2:
+        raise DataError(
+            f"the text makes {len(texts)} document, but one to train on and one to keep for the evaluation are needed",
+            file=", ".join(paths),
+            fix="give more text; files are cut at blank lines every 16 KiB",
+        )
+    ranked = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    kept = set(ranked[: max(1, len(texts) // _HELD_OUT_EVERY)])
+    with publish_folder(split) as temporary:
+        for name, wanted in (("train.jsonl", False), ("held-out.jsonl", True)):
+            with (temporary / name).open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": text}) + "\n" for text in texts if (text in kept) is wanted)
+
+
+def _open(folder: Path, config: RunConfig, console: Console) -> Run:
+    if not (folder / "tokenizer").exists():
+        console.print("reading the text and training a tokenizer …", style="dim")
+    run = open_run(folder, config)
+    shards = [shard for source in run.manifest.sources for shard in source.shards]
+    console.print(
+        f"[bold]{run.model_config.parameters:,} parameters[/], {run.model_config.num_transformer_layers} layers, "
+        f"vocabulary {run.tokenizer.vocab_size:,}; {sum(shard.bytes for shard in shards):,} bytes "
+        f"in {len(shards)} files; {run.precision} on {run.device.type}; folder {folder}"
+    )
+    return run
+
+
+def _evaluate(run: Run, console: Console) -> tuple[Score, list[Baseline]]:
+    """Average the last checkpoints and score the mean on the whole held-out text, beside the baselines."""
+    console.print("\naveraging the last checkpoints and measuring on held-out documents …", style="dim")
+    publish_average(run.folder, _averaged(run), run.folder / "model")
+    assert run.held_out is not None
+    held_out = list(read_documents(run.held_out))
+    texts = [document.text for document in held_out]
+    names = [Path(document.path).name + (f":{document.row}" if document.row else "") for document in held_out]
+    score = bits_per_byte(load_model(run.folder / "model"), run.tokenizer, texts, names)
+    rows = baselines(texts, [document.text for document in read_documents(run.manifest)], run.tokenizer)
+    return score, rows
+
+
+def _averaged(run: Run) -> int:
+    """Average five checkpoints, or as many as a shortened run has."""
+    every, steps = run.config.checkpoints.every, run.config.train.steps
+    return min(_AVERAGED, run.config.checkpoints.keep_last, -(-steps // every))
+
+
+def _uniform_baseline(arguments: argparse.Namespace, config: RunConfig, console: Console) -> Baseline:
+    """Train the model of equal size whose layers are all alike, on the same batches, and score it the same way."""
+    folder = Path(arguments.out) / "uniform"
+    make_folder(folder)
+    with folder_lock(folder):
+        run = _open(folder, _demo_config(arguments, folder, rule="uniform"), console)
+        train_run(run, console)
+        score, _ = _evaluate(run, console)
+    return Baseline("uniform layers", score.value, f"{run.model_config.parameters:,} parameters, every layer alike")
+
+
+def _publish(run: Run, score: Score, rows: Sequence[Baseline]) -> None:
+    make_folder(run.folder / "eval")
+    table = [{"name": row.name, "bits_per_byte": row.bits_per_byte, "note": row.description} for row in rows]
+    step = run.config.train.steps
+    write_json(run.folder / "eval" / "final.json", {"step": step, "bits_per_byte": score.to_json(), "baselines": table})
+    publish_average(run.folder, _averaged(run), run.folder / "model")  # again, with the scores on its card
+    events = valid_events(read_ledger(run.ledger_path))
+    steps = [event for event in events if event["event"] == "step"]
+    busy_seconds = sum(event["seconds"] for event in steps)
+    write_json(
+        run.folder / "result.json",
+        {
+            "parameters": run.model_config.parameters,
+            "train_seconds": round(max(event.get("seconds", 0.0) for event in events if event["event"] == "finish"), 3),
+            "tokens_per_second": round(steps[-1]["tokens"] / busy_seconds, 1),
+            "mfu": round(sum(event["mfu"] * event["seconds"] for event in steps) / busy_seconds, 4),
+            "held_out_bits_per_byte": {
+                "value": score.value,
+                "low": score.low,
+                "high": score.high,
+                "documents": score.documents,
+                "interval_over": score.interval_over,
+            },
+            "baselines": table,
+            "final_weights_sha256": weights_sha256(load_model(run.folder / "model").state_dict()),
+            "model_folder": str(run.folder / "model"),
+            "seed": run.config.train.seed,
+            "precision": run.precision,
+        },
+    )
+    write_report(run.folder)
+
+
+def _show(run: Run, score: Score, rows: Sequence[Baseline], console: Console) -> None:
+    table = [*((row.name, row.bits_per_byte, row.description) for row in rows), ("this model", score.value, "")]
+    console.print()
+    console.print(aligned(("held-out text", "bits/byte", ""), table), markup=False)
+    model = load_model(run.folder / "model")
+    for prompt in run.config.evaluation.prompts[:1]:
+        sampling = SamplingConfig(max_tokens=120, seed=run.config.train.seed)
+        text = prompt + generate_text(model, run.tokenizer, prompt, sampling)
+        console.print("\n".join(f"  {line}" for line in text.splitlines()), markup=False, style="italic")
+    console.print("\n[bold]try next[/]")
+    console.print(f"  openelm chat {run.folder}/model", markup=False)
+    console.print(f'  openelm generate {run.folder}/model --prompt "ROMEO.\\nBut soft" --temperature 0.7', markup=False)
+    console.print(f"  open {run.folder}/report.html in a browser", markup=False)

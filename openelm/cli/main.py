@@ -1,0 +1,190 @@
+"""Parse the command, import only what it needs, and turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from openelm import __version__
+from openelm.errors import OpenELMError
+
+# verb: (module, function); torch is imported by these modules, never by `--help`.
+_HANDLERS = {
+    "demo": ("demo", "demo"),
+    "train": ("train", "train_recipe"),
+    "average": ("train", "average"),
+    "report": ("train", "report"),
+    "eval": ("models", "evaluate"),
+    "inspect": ("models", "inspect"),
+    "generate": ("talk", "generate"),
+    "chat": ("talk", "chat"),
+}
+_EPILOG = """start here:
+  openelm demo                                  text in, a talking model out, in about ten minutes on two cores
+  openelm chat runs/demo/model                  talk with it
+  openelm train RECIPE.toml --out runs/mine     train your own; the same command resumes
+  openelm inspect 1.1b                          shapes and costs of a published size
+
+exit codes: 0 done, 2 usage or configuration, 3 bad input data, 4 damaged model or checkpoint, 5 disk,
+6 numbers not finite, 7 verification failed, 75 stopped and resumable, 1 a bug (please report it)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        module, function = _HANDLERS[parsed.verb]
+        handler: Callable[[argparse.Namespace], int] = getattr(
+            importlib.import_module(f"openelm.cli.{module}"), function
+        )
+        return handler(parsed)
+    except OpenELMError as error:
+        print(f"openelm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("openelm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `openelm … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe every verb and option."""
+    parser = argparse.ArgumentParser(
+        prog="openelm",
+        description="Train, check, adapt and run OpenELM: layer-wise scaled language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"openelm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_demo(verbs)
+    _add_training(verbs)
+    _add_models(verbs)
+    _add_talking(verbs)
+    return parser
+
+
+Verbs = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def _verb(verbs: Verbs, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_demo(verbs: Verbs) -> None:
+    demo = _verb(
+        verbs,
+        "demo",
+        "raw text to a trained, evaluated, talking model, with a report",
+        "openelm demo --text my-novels/ --out runs/novels",
+    )
+    demo.add_argument(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        help="your own text: files, folders or globs of .txt, .jsonl(.gz/.zst), .parquet (default: Shakespeare)",
+    )
+    demo.add_argument("--out", default="runs/demo", help="run folder; the same command resumes (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="initial weights and document order (default: %(default)s)")
+    demo.add_argument(
+        "--compare-uniform",
+        action="store_true",
+        help="also train a model of equal size with all layers alike, and put it in the table (twice the time)",
+    )
+    _add_overrides(demo)
+
+
+def _add_training(verbs: Verbs) -> None:
+    train = _verb(
+        verbs,
+        "train",
+        "train a recipe, or go on with a run that was stopped",
+        "openelm train recipes/mine.toml --out runs/mine train.steps=2000 schedule.peak=0.003",
+    )
+    train.add_argument("recipe", help="a .toml file, or the name of a shipped recipe")
+    train.add_argument("--out", required=True, help="run folder; the same command resumes")
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a setting that may differ from the run's earlier start, such as train.steps or environment.torch",
+    )
+    _add_overrides(train)
+    average = _verb(
+        verbs, "average", "average a run's last checkpoints into a model folder", "openelm average runs/mine --last 5"
+    )
+    average.add_argument("run", help="run folder")
+    average.add_argument("--last", type=int, default=5, help="checkpoints to average (default: %(default)s)")
+    average.add_argument("--out", help="model folder (default: RUN/model)")
+    report = _verb(verbs, "report", "write a run's report page", "openelm report runs/mine")
+    report.add_argument("run", help="run folder, finished or not")
+    report.add_argument("--out", help="page to write (default: RUN/report.html)")
+
+
+def _add_models(verbs: Verbs) -> None:
+    evaluate = _verb(
+        verbs, "eval", "measure a model on text it has not seen", "openelm eval runs/demo/model --suite bpb:held-out/"
+    )
+    evaluate.add_argument("model", help="model folder")
+    evaluate.add_argument("--suite", required=True, help="bpb:PATH, bits per byte of the documents in PATH")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_device(evaluate)
+    inspect = _verb(
+        verbs, "inspect", "show the layers and exact costs of a size or a model folder", "openelm inspect 270m --json"
+    )
+    inspect.add_argument("what", metavar="SIZE_OR_FOLDER", help="a size (270m, 450m, 1.1b, 3b, …) or a model folder")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_talking(verbs: Verbs) -> None:
+    generate = _verb(
+        verbs,
+        "generate",
+        "continue a text",
+        'openelm generate runs/demo/model --prompt "HAMLET.\\nTo be" --temperature 0.7 --seed 3',
+    )
+    generate.add_argument("model", help="model folder")
+    generate.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
+    chat = _verb(verbs, "chat", "talk with a model", "openelm chat runs/demo/model")
+    chat.add_argument("model", help="model folder")
+    chat.add_argument("--system", default="", help="instructions before the conversation (chat-tuned models)")
+    for parser in (generate, chat):
+        _add_sampling(parser)
+        _add_device(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("sampling")
+    options.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8)")
+    options.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    options.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that sum to P")
+    options.add_argument("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
+    options.add_argument("--repetition-penalty", type=float, metavar="F", help="above 1: avoid tokens already seen")
+    options.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: 256)")
+    options.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
+    options.add_argument("--seed", type=int, help="the same seed gives the same text (default: 0)")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run (default: %(default)s)"
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="path=value", help="settings that replace the recipe's, such as train.steps=300"
+    )

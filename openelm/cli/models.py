@@ -1,0 +1,79 @@
+"""`openelm eval` and `openelm inspect`: what a model is worth and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from openelm.model.config import ModelConfig
+from openelm.model.sizes import model_size
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run a suite on a model folder and print the score."""
+    from openelm.evaluate.suites import evaluate_suite
+    from openelm.evaluate.tables import aligned
+    from openelm.model.device import choose_device
+    from openelm.model.folder import load_model
+    from openelm.text.tokenizer import load_tokenizer
+
+    folder, console = Path(arguments.model), Console()
+    model = load_model(folder, device=choose_device(arguments.device))
+    score = evaluate_suite(arguments.suite, model, load_tokenizer(folder))
+    if arguments.json:
+        print(json.dumps(score.to_json()))
+        return 0
+    rows = [(document.name, document.bytes, document.tokens, document.bits_per_byte) for document in score.per_document]
+    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows), highlight=False, markup=False)
+    interval = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
+    over = f", 95 % interval over {score.units} {score.interval_over}" if interval else ""
+    console.print(f"bits per byte {score.value:.4f}{interval}{over}", highlight=False, markup=False)
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print a model's layers, parameters, FLOPs and cache size."""
+    path = Path(arguments.what)
+    config = ModelConfig.from_file(path / "config.json") if path.is_dir() else model_size(arguments.what)
+    costs = _costs(config)
+    if arguments.json:
+        print(json.dumps(costs))
+        return 0
+    plan, console = config.plan, Console(highlight=False)
+    console.print(
+        f"{arguments.what}: {costs['parameters']:,} parameters ({costs['non_embedding_parameters']:,} in layers)"
+    )
+    console.print(f"width {plan.dim}, head size {plan.head_dim}, vocabulary {config.vocab_size:,}\n")
+    widest = max(plan.ffn_dims)
+    console.print("layer  query heads  KV heads  FFN width")
+    for layer, (query, kv, ffn) in enumerate(zip(plan.query_heads, plan.kv_heads, plan.ffn_dims, strict=True)):
+        bar = "█" * max(1, round(24 * ffn / widest))
+        console.print(f"{layer:5}  {query:11}  {kv:8}  {ffn:9,}  {bar}")
+    length = costs["length"]
+    console.print(f"\ntraining  {costs['training_flops_per_token'] / 1e9:.3f} GFLOP a token at length {length:,}")
+    console.print(f"decoding  {costs['decode_flops_per_token'] / 1e9:.3f} GFLOP a token at context {length:,}")
+    console.print(f"KV cache  {costs['kv_bytes_per_token']:,} bytes a token at 2 bytes a number")
+    return 0
+
+
+def _costs(config: ModelConfig) -> dict[str, Any]:
+    plan, length = config.plan, config.max_context_length
+    return {
+        "plan": asdict(plan),
+        "vocab_size": config.vocab_size,
+        "parameters": config.parameters,
+        "non_embedding_parameters": plan.non_embedding_parameters,
+        "attention_parameters": plan.attention_parameters,
+        "ffn_parameters": plan.ffn_parameters,
+        "norm_parameters": plan.norm_parameters,
+        "length": length,
+        "forward_flops_per_token": plan.forward_flops_per_token(config.vocab_size, length),
+        "training_flops_per_token": plan.training_flops_per_token(config.vocab_size, length),
+        "decode_flops_per_token": plan.decode_flops_per_token(config.vocab_size, length),
+        "kv_bytes_per_token": plan.kv_bytes_per_token(),
+    }

@@ -1,0 +1,171 @@
+"""`openelm train`, `average` and `report`: a recipe to a run, a run to a model folder and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from openelm.config import apply_overrides, read_toml
+from openelm.data.reading import read_documents
+from openelm.data.stream import BatchStream
+from openelm.errors import CheckpointError, ConfigError
+from openelm.evaluate.score import bits_per_byte
+from openelm.files import folder_lock, make_folder
+from openelm.generate.engine import generate_text
+from openelm.generate.sampling import SamplingConfig
+from openelm.model.config import ModelConfig
+from openelm.model.folder import save_model
+from openelm.model.transformer import OpenELM
+from openelm.release.card import model_card
+from openelm.release.report import write_report
+from openelm.text.tokenizer import load_tokenizer
+from openelm.train.average import average_checkpoints
+from openelm.train.loop import Event, Probe, train
+from openelm.train.objectives import NextToken
+from openelm.train.progress import ProgressDisplay, TensorBoard
+from openelm.train.run import Run, RunConfig, open_run
+
+
+def train_recipe(arguments: argparse.Namespace) -> int:
+    """Train, or go on; prints progress and where the results are."""
+    console = Console()
+    recipe = find_recipe(arguments.recipe)
+    config = RunConfig.parse(apply_overrides(read_toml(recipe), arguments.overrides), file=recipe)
+    folder = Path(arguments.out)
+    make_folder(folder)
+    with folder_lock(folder):
+        run = open_run(folder, config, allow_change=arguments.allow_change)
+        train_run(run, console)
+    page = write_report(folder)
+    console.print(f"\nreport   {page}", highlight=False)
+    console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}", highlight=False)
+    return 0
+
+
+def average(arguments: argparse.Namespace) -> int:
+    """Average checkpoints and publish the model folder."""
+    run, console = Path(arguments.run), Console()
+    target = Path(arguments.out) if arguments.out else run / "model"
+    steps = publish_average(run, arguments.last, target)
+    console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {target}", highlight=False)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report page."""
+    page = write_report(Path(arguments.run), out=Path(arguments.out) if arguments.out else None)
+    Console().print(f"wrote {page}", highlight=False)
+    return 0
+
+
+def find_recipe(name: str) -> Path:
+    """Return a recipe file: the path itself, or the shipped recipe of that name."""
+    shipped = Path(str(files("openelm") / "recipes"))
+    if Path(name).exists() or name.endswith(".toml"):
+        return Path(name)
+    if (shipped / f"{name}.toml").exists():
+        return shipped / f"{name}.toml"
+    names = ", ".join(sorted(path.stem for path in shipped.glob("*.toml")))
+    raise ConfigError(f"no recipe is called {name!r}", fix=f"give a .toml file, or a shipped recipe: {names}")
+
+
+def train_run(run: Run, console: Console) -> OpenELM:
+    """Train an opened run with its probes, showing its progress."""
+    settings = run.config.train
+    tensorboard = TensorBoard(run.folder / "tensorboard")
+    streams: list[BatchStream] = []
+
+    def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
+        streams.append(
+            BatchStream(
+                run.config.data,
+                run.manifest,
+                run.tokenizer,
+                run.tokenizer_folder,
+                seed=settings.seed,
+                rows=settings.rows,
+                length=settings.length,
+                cursors=cursors,
+            )
+        )
+        return streams[0]
+
+    try:
+        with ProgressDisplay(console, settings.steps) as display:
+            return train(
+                run,
+                open_batches=open_batches,
+                objective=NextToken(settings.z_loss),
+                probes=_probes(run),
+                observers=(display, tensorboard),
+            )
+    finally:
+        tensorboard.close()
+        for stream in streams:
+            stream.close()
+
+
+def _probes(run: Run) -> list[Probe]:
+    settings, probes = run.config.evaluation, []
+    if run.held_out is not None:
+        texts, names = zip(*_shortened(run, settings.max_bytes), strict=True)
+
+        def held_out(model: OpenELM, step: int) -> Event:
+            score = bits_per_byte(model, run.tokenizer, texts, names, window_tokens=run.config.train.length)
+            return {"event": "evaluation", "bits_per_byte": score.value.hex(), "documents": score.documents}
+
+        probes.append(Probe(settings.every, held_out))
+    for prompt in settings.prompts:
+        probes.append(Probe(settings.every, _sampler(run, prompt)))
+    return probes
+
+
+def _shortened(run: Run, max_bytes: int) -> list[tuple[str, str]]:
+    """Take the beginnings of the held-out documents, alike long, up to `max_bytes` together."""
+    assert run.held_out is not None
+    documents = [(document.text, Path(document.path).name) for document in read_documents(run.held_out)]
+    documents = documents[:64]
+    share = max(1, max_bytes // max(1, len(documents)))
+    return [(text.encode()[:share].decode(errors="ignore") or text[:1], name) for text, name in documents]
+
+
+def _sampler(run: Run, prompt: str) -> Any:
+    def sample(model: OpenELM, step: int) -> Event:
+        sampling = SamplingConfig(max_tokens=run.config.evaluation.sample_tokens, seed=run.config.train.seed)
+        return {"event": "sample", "prompt": prompt, "text": generate_text(model, run.tokenizer, prompt, sampling)}
+
+    return sample
+
+
+def publish_average(run: Path, last: int, target: Path) -> list[int]:
+    """Average a run's last checkpoints into a model folder; returns the steps averaged."""
+    description = read_run_file(run)
+    weights, steps = average_checkpoints(run, last)
+    model = OpenELM(ModelConfig.parse(description["model"], file=run / "run.json"))
+    model.load_state_dict(weights)
+    tokenizer = load_tokenizer(run / "tokenizer")
+    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), replace=True)
+    return steps
+
+
+def read_run_file(run: Path) -> Mapping[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        CheckpointError: the folder is no run folder.
+    """
+    try:
+        description: dict[str, Any] = json.loads((run / "run.json").read_bytes())
+        if not isinstance(description["model"], dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            "run.json is missing or damaged", file=run / "run.json", fix="give a run folder"
+        ) from None
+    return description

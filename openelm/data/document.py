@@ -1,0 +1,89 @@
+"""The values that readers, lanes and filters hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from openelm.errors import DataError
+
+MAX_DOCUMENT_BYTES = 16 << 20
+BLOCK_BYTES = 1 << 20
+BLOCKS_PER_FILE = 64  # small files are cut finer, so that a few thousand rows still spread over the lanes
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it came from; `row` counts from 0 within the file."""
+
+    text: str
+    source: str
+    path: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A stretch of rows that can be read without reading the whole file.
+
+    Args:
+        first_row, rows: the rows of the file it holds.
+        offset: where reading starts: a byte in a plain file, the first byte of a frame in a compressed one,
+            the number of a row group in Parquet.
+        skip_rows: line ends (rows in Parquet) to pass over from there.
+        bytes: about how much text it holds.
+    """
+
+    first_row: int
+    rows: int
+    offset: int
+    skip_rows: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How the files of one source become documents."""
+
+    source: str
+    text_key: str = "text"
+    document_bytes: int | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+
+Drops = dict[str, dict[str, int]]  # source -> reason -> documents
+
+
+def add_drops(total: Drops, more: Mapping[str, Mapping[str, int]]) -> None:
+    """Add one table of dropped documents (source, reason, number) to another, in place."""
+    for source, reasons in more.items():
+        counts = total.setdefault(source, {})
+        for reason, number in reasons.items():
+            counts[reason] = counts.get(reason, 0) + number
+
+
+def decode_text(data: bytes, path: Path, *, line: int | None, offset: int) -> str | DataError:
+    """Decode UTF-8 strictly; returns the fault, as a value, for bytes that no text file holds."""
+    nul = data.find(0)
+    if nul >= 0:
+        what = f"a NUL byte at byte {nul} of the document: this is not text"
+        return bad_text(what, path, line, offset + nul)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = data[error.start : error.start + 4].hex(" ")
+        what = f"not UTF-8: bytes {found} at byte {error.start} of the document"
+        return bad_text(what, path, line, offset + error.start)
+
+
+def bad_text(what: str, path: Path, line: int | None, offset: int | None = None) -> DataError:
+    """Describe a row whose text cannot be used."""
+    fix = "save the file as UTF-8 text, or set on_bad_row = 'skip'"
+    return DataError(what, fix=fix, file=path, line=line, offset=offset, code="E_TEXT")
+
+
+def too_long(path: Path, limit: int, *, line: int | None, offset: int | None, fix: str) -> DataError:
+    """Describe a row that is longer than the source allows."""
+    what = f"a document is longer than {limit:,} bytes"
+    return DataError(what, fix=fix, file=path, line=line, offset=offset, code="E_LINE_TOO_LONG")

@@ -1,0 +1,153 @@
+"""One lane: documents to rows of tokens, with a cursor that a row can be resumed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from openelm.data.document import Document, Drops, add_drops
+from openelm.data.filters import token_filter
+from openelm.data.lanes import Position
+from openelm.data.mixture import choose_source
+from openelm.data.reading import SourceReader, reason_to_drop
+from openelm.errors import DataError
+from openelm.text.tokenizer import Tokenizer
+
+Tokens = npt.NDArray[np.int32]
+_DROPS_IN_A_ROW = 100_000
+
+
+class Lane:
+    """An endless stream of rows; the token that ends a row begins the next one.
+
+    Args:
+        sources: this lane's reader of each source.
+        cursor: where to go on, as returned by `cursor()`; None starts from the beginning.
+
+    Raises:
+        DataError: the cursor does not belong to this data.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        sources: Sequence[SourceReader],
+        tokenizer: Tokenizer,
+        *,
+        length: int,
+        min_characters: int,
+        min_tokens: int,
+        on_bad_row: str,
+        cursor: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._number, self._sources, self._tokenizer, self._length = number, sources, tokenizer, length
+        self._min_characters, self._min_tokens, self._on_bad_row = min_characters, min_tokens, on_bad_row
+        self._weights = [reader.source.weight for reader in sources]
+        self._positions = [Position() for _ in sources]
+        self._taken_tokens = [0 for _ in sources]
+        self._offset = 0  # of the next row's first token in the current document
+        self._drops: Drops = {}
+        self._document: Tokens | None = None
+        if cursor is not None:
+            self._restore(cursor)
+
+    def cursor(self) -> dict[str, Any]:
+        """Return where the next row starts and what was dropped before it, as plain data of constant size."""
+        drops = {source: dict(reasons) for source, reasons in self._drops.items()}
+        pairs = zip(self._positions, self._taken_tokens, strict=True)
+        places = [[*astuple(place), taken] for place, taken in pairs]
+        return {"sources": places, "offset": self._offset, "dropped": drops}
+
+    def row(self) -> tuple[Tokens, Tokens]:
+        """Return the next row: tokens (length + 1,) and, for each, the index of its document within the row.
+
+        Raises:
+            DataError: a bad row under the policy "error", a damaged or changed file, or no usable document.
+        """
+        tokens = np.empty(self._length + 1, np.int32)
+        documents = np.empty(self._length + 1, np.int32)
+        filled = index = 0
+        while True:
+            current = self._current()
+            piece = current[self._offset : self._offset + self._length + 1 - filled]
+            tokens[filled : filled + len(piece)] = piece
+            documents[filled : filled + len(piece)] = index
+            filled += len(piece)
+            self._offset += len(piece)
+            if filled > self._length:
+                self._offset -= 1
+                return tokens, documents
+            self._advance(len(current))
+            index += 1
+
+    def _current(self) -> Tokens:
+        """Return the current document's tokens, passing over documents that are dropped."""
+        for dropped in range(_DROPS_IN_A_ROW):
+            if self._document is not None:
+                return self._document
+            index = self._choose()
+            reader = self._sources[index]
+            if dropped > 64 * reader.source.rows:
+                break
+            row, position = reader.row(self._positions[index])
+            reason = reason_to_drop(row, self._on_bad_row, self._min_characters)
+            if reason is None:
+                assert isinstance(row, Document)
+                self._document, reason = self._tokenize(row)
+            self._positions[index] = position
+            if reason is not None:
+                add_drops(self._drops, {reader.source.name: {reason: 1}})
+                self._positions[index] = _after(position)
+        raise DataError(
+            f"no usable document among {dropped:,} in a row; dropped by lane {self._number}: {self._drops}",
+            fix="lower data.min_tokens or data.min_characters, or give longer documents",
+            code="E_EMPTY",
+        )
+
+    def _choose(self) -> int:
+        return choose_source(self._taken_tokens, self._weights, self._number)
+
+    def _tokenize(self, document: Document) -> tuple[Tokens | None, str | None]:
+        ids = self._tokenizer.encode(document.text)
+        bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
+        assert bos_id is not None and eos_id is not None  # BatchStream refuses such tokenizers
+        reason = token_filter(len(ids) + 2, self._min_tokens)
+        if reason is not None:
+            return None, reason
+        tokens = np.empty(len(ids) + 2, np.int32)
+        tokens[0], tokens[1:-1], tokens[-1] = bos_id, ids, eos_id
+        return tokens, None
+
+    def _advance(self, length_tokens: int) -> None:
+        index = self._choose()
+        self._taken_tokens[index] += length_tokens
+        self._positions[index] = _after(self._positions[index])
+        self._offset, self._document = 0, None
+
+    def _restore(self, cursor: Mapping[str, Any]) -> None:
+        try:
+            places = [[int(value) for value in place] for place in cursor["sources"]]
+            self._positions = [Position(*place[:4]) for place in places]
+            self._taken_tokens = [place[4] for place in places]
+            self._offset = int(cursor["offset"])
+            add_drops(self._drops, cursor["dropped"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise _bad_cursor(self._number) from None
+        numbers = [value for place in places for value in place]
+        if len(places) != len(self._sources) or min([*numbers, self._offset]) < 0:
+            raise _bad_cursor(self._number)
+        if self._offset and self._offset >= len(self._current()):
+            raise _bad_cursor(self._number)
+
+
+def _after(position: Position) -> Position:
+    return Position(position.epoch, position.window, position.slice, position.index + 1)
+
+
+def _bad_cursor(lane: int) -> DataError:
+    fix = "take the data state from an undamaged checkpoint"
+    return DataError(f"the cursor of lane {lane} does not fit this data", fix=fix, code="E_CHANGED")

@@ -1,0 +1,299 @@
+"""Batches for training: the same at every number of worker processes, resumable after every batch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from openelm.config import Config
+from openelm.data.document import Drops, add_drops
+from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.worker import Job, LaneGroup, Part, command
+from openelm.errors import ConfigError, DataError, OpenELMError
+from openelm.text.tokenizer import Tokenizer
+
+IGNORED_TARGET = -100
+_CLOSE_SECONDS = 2.0
+
+
+class DataConfig(Config):
+    """What to read and how; none of it but the sources, lanes and filters changes what a model sees."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    lanes: PositiveInt = 16
+    """Virtual streams; the rows of a batch must be a multiple of them or divide them."""
+    min_characters: NonNegativeInt = 200
+    """Drop documents with fewer characters after normalisation."""
+    min_tokens: NonNegativeInt = 256
+    """Drop documents with fewer tokens, BOS and EOS counted."""
+    workers: NonNegativeInt = 1
+    """Processes that read and tokenise; 0: in the training process."""
+    read_ahead_batches: PositiveInt = 4
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of tokens for one step.
+
+    Args:
+        inputs: int64 (rows, length).
+        targets: int64 (rows, length), the next token, or -100 where that is another document's first.
+        documents: int32 (rows, length), the index of each input's document within its row.
+        target_bytes: UTF-8 bytes of text that the targets stand for.
+        sha256: hash of the little-endian bytes of inputs, then targets.
+    """
+
+    inputs: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32]
+    target_bytes: int
+    sha256: str
+
+
+class BatchStream:
+    """Yield batches without end; each epoch has a new order.
+
+    A document is [BOS] + ids + [EOS]. A lane's documents follow each other without gaps, and its rows overlap
+    by one token, so every token but a document's BOS is a target exactly once. Row r of batch t comes from
+    lane (t · rows + r) mod lanes. Each worker process owns whole lanes.
+
+    Args:
+        tokenizer_path: where worker processes load the same tokenizer from.
+        rows, length: the shape of a batch; `rows` must be a multiple of `config.lanes` or divide it.
+        cursors: what `cursors()` returned; the next batch is the one that came after it.
+
+    Raises:
+        ConfigError: rows and lanes do not fit.
+        DataError: E_CHANGED when data, tokenizer or settings differ from those the cursors were made with;
+            E_WORKER when a worker process ends; and what the readers find.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        tokenizer_path: Path,
+        *,
+        seed: int,
+        rows: int,
+        length: int,
+        cursors: list[dict[str, Any]] | None = None,
+    ) -> None:
+        _check_shape(rows, length, config.lanes)
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            fix = "use a tokenizer that has both"
+            raise DataError("training documents need BOS and EOS tokens", fix=fix, code="E_TOKENIZER")
+        manifest.check_unchanged()
+        self._fingerprint = {
+            "manifest": manifest.sha256,
+            "tokenizer": tokenizer.sha256,
+            "seed": seed,
+            "lanes": config.lanes,
+            "rows": rows,
+            "length": length,
+            "min_characters": config.min_characters,
+            "min_tokens": config.min_tokens,
+        }
+        self._step, self._cursors = _restore(cursors, self._fingerprint, config.lanes)
+        self._rows, self._lanes = rows, config.lanes
+        self._byte_lengths = tokenizer.byte_lengths().astype(np.int64)
+        job = Job(
+            manifest.to_json(), str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
+            config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
+        )  # fmt: skip
+        count = min(config.workers, config.lanes)
+        shares = [range(worker, config.lanes, max(1, count)) for worker in range(max(1, count))]
+        self._sources: list[_WorkerProcess | LaneGroup] = []
+        if not count:
+            self._sources.append(LaneGroup(job, tokenizer, shares[0]))
+        else:
+            try:
+                self._start(job, shares, config.read_ahead_batches)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, job: Job, shares: Sequence[Sequence[int]], ahead: int) -> None:
+        workers = []
+        for _ in shares:
+            workers.append(_WorkerProcess())
+            self._sources.append(workers[-1])
+        for worker, share in zip(workers, shares, strict=True):
+            worker.begin(job, share, ahead)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        assert self._sources, "the stream is closed"
+        try:
+            parts = [source.next_part() for source in self._sources]
+        except BaseException:
+            self.close()
+            raise
+        first = self._step * self._rows
+        rows = [(zip(part.tokens, part.documents, strict=True)) for part in parts]
+        owners = [place % self._lanes % len(rows) for place in range(first, first + self._rows)]
+        taken = [next(rows[owner]) for owner in owners]
+        for part in parts:
+            for lane, cursor in part.cursors.items():
+                self._cursors[lane] = cursor
+        self._step += 1
+        tokens = np.stack([tokens for tokens, _ in taken])
+        return _batch(tokens, np.stack([documents for _, documents in taken]), self._byte_lengths)
+
+    def cursors(self) -> list[dict[str, Any]]:
+        """Return the state after the last batch returned, as plain data: a fingerprint, then each lane."""
+        lanes = [{} if cursor is None else cursor for cursor in self._cursors]
+        return [{"fingerprint": dict(self._fingerprint), "batches": self._step}, *lanes]
+
+    def counts(self) -> Drops:
+        """Count the documents dropped before the last batch returned: source -> reason -> documents."""
+        total: Drops = {}
+        for cursor in self._cursors:
+            add_drops(total, cursor["dropped"] if cursor else {})
+        return total
+
+    def close(self) -> None:
+        """End the worker processes; none is left when this returns."""
+        sources, self._sources = self._sources, []
+        workers = [source for source in sources if isinstance(source, _WorkerProcess)]
+        for worker in workers:
+            worker.hang_up()
+        for worker in workers:
+            worker.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_shape(rows: int, length: int, lanes: int) -> None:
+    if rows < 1 or length < 1:
+        raise ConfigError(f"a batch needs at least 1 row and 1 token (given: {rows} rows, length {length})")
+    if rows % lanes and lanes % rows:
+        fits = [count for count in range(1, rows + lanes + 1) if rows % count == 0 or count % rows == 0]
+        nearest = sorted(fits, key=lambda count: abs(count - lanes))[:2]
+        raise ConfigError(
+            f"{rows} rows a batch and {lanes} lanes: one must be a multiple of the other",
+            fix=f"set data.lanes to {' or '.join(map(str, nearest))}",
+        )
+
+
+def _restore(
+    cursors: Sequence[dict[str, Any]] | None, fingerprint: dict[str, Any], lanes: int
+) -> tuple[int, list[dict[str, Any] | None]]:
+    """Check a saved state against this stream's fingerprint; returns the step and the lanes' cursors."""
+    if cursors is None:
+        return 0, [None] * lanes
+    try:
+        saved, step = dict(cursors[0]["fingerprint"]), int(cursors[0]["batches"])
+        places = [dict(cursor) or None for cursor in cursors[1:]]
+    except (KeyError, TypeError, ValueError, IndexError):
+        fix = "take the data state from an undamaged checkpoint"
+        raise DataError("the data state is not one", fix=fix, code="E_CHANGED") from None
+    differences = [
+        f"{name} was {saved.get(name)!r} and is {fingerprint.get(name)!r}"
+        for name in sorted(saved.keys() | fingerprint.keys())
+        if saved.get(name) != fingerprint.get(name)
+    ]
+    if differences or len(places) != lanes or step < 0:
+        what = "; ".join(differences) or "lanes are missing"
+        fix = "put them back as they were, or start a new run"
+        raise DataError(f"the run was started with other data or settings: {what}", fix=fix, code="E_CHANGED")
+    return step, places
+
+
+def _batch(
+    tokens: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], byte_lengths: npt.NDArray[np.int64]
+) -> Batch:
+    inputs = tokens[:, :-1].astype("<i8")
+    same = documents[:, 1:] == documents[:, :-1]
+    targets = np.where(same, tokens[:, 1:], IGNORED_TARGET).astype("<i8")
+    digest = hashlib.sha256(inputs.data)
+    digest.update(targets.data)
+    target_bytes = int(byte_lengths[targets[same]].sum())
+    return Batch(inputs, targets, np.ascontiguousarray(documents[:, :-1]), target_bytes, digest.hexdigest())
+
+
+class _WorkerProcess:
+    """A worker process and this end of its pipe; the process ends when the pipe is closed."""
+
+    def __init__(self) -> None:
+        self._connection, other = multiprocessing.Pipe()
+        # One thread each: the processes are the parallelism, and idle thread pools cost memory.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
+        # Workers inherit the blocked signals: Ctrl-C or SIGTERM to the group must reach the trainer alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            descriptor = other.fileno()
+            self._process = subprocess.Popen(
+                command(descriptor), pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            other.close()
+
+    def begin(self, job: Job, lanes: Sequence[int], ahead: int) -> None:
+        """Say what to do; the first steps are read at once."""
+        self._talk(functools.partial(self._connection.send, (job, tuple(lanes), ahead)))
+
+    def next_part(self) -> Part:
+        """Receive the next step's rows and allow one more to be read ahead.
+
+        Raises:
+            OpenELMError: the one raised in the worker; DataError E_WORKER if the process is gone.
+        """
+        answer = self._talk(self._connection.recv)
+        if isinstance(answer, OpenELMError):
+            raise answer
+        if isinstance(answer, str):
+            raise RuntimeError(f"a data worker failed:\n{answer}")
+        assert isinstance(answer, Part)
+        self._talk(functools.partial(self._connection.send, None))
+        return answer
+
+    def _talk(self, call: Any) -> Any:
+        try:
+            return call()
+        except (EOFError, OSError):
+            self.hang_up()
+            code = self.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        raise DataError(
+            f"data worker process {self._process.pid} {how}",
+            fix="is memory short? run the same command again to go on from the last checkpoint",
+            code="E_WORKER",
+        )
+
+    def hang_up(self) -> None:
+        """Close the pipe; the process ends at its next step."""
+        self._connection.close()
+
+    def wait(self) -> int:
+        """Wait for the process to end, killing it if it takes long; returns its exit status."""
+        try:
+            return self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()

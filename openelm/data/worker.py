@@ -1,0 +1,136 @@
+"""The lanes one process owns; a worker process sends each step's rows up a pipe, a bounded number ahead."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from openelm.data.lanes import DocumentOrder
+from openelm.data.manifest import Manifest
+from openelm.data.packing import Lane, Tokens
+from openelm.data.reading import SourceReader
+from openelm.errors import DataError, OpenELMError
+from openelm.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a stream must know; the same for all of them."""
+
+    manifest: dict[str, Any]
+    tokenizer_path: str
+    tokenizer_sha256: str
+    seed: int
+    lanes: int
+    rows: int
+    length: int
+    min_characters: int
+    min_tokens: int
+    on_bad_row: str
+    first_step: int
+    cursors: tuple[dict[str, Any] | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One process's rows of a step, in row order, and the cursors of their lanes after it."""
+
+    tokens: Sequence[Tokens]
+    documents: Sequence[Tokens]
+    cursors: dict[int, dict[str, Any]]
+
+
+class LaneGroup:
+    """Some lanes of a stream, read step by step: row r of step t comes from lane (t · rows + r) mod lanes."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, numbers: Sequence[int]) -> None:
+        self._job, self._step = job, job.first_step
+        sources = Manifest.from_json(job.manifest).sources
+        orders = [DocumentOrder(source, seed=job.seed, lanes=job.lanes) for source in sources]
+        self._lanes = {number: self._lane(orders, tokenizer, number) for number in numbers}
+
+    def _lane(self, orders: Sequence[DocumentOrder], tokenizer: Tokenizer, number: int) -> Lane:
+        job = self._job
+        return Lane(
+            number,
+            [SourceReader(order, number) for order in orders],
+            tokenizer,
+            length=job.length,
+            min_characters=job.min_characters,
+            min_tokens=job.min_tokens,
+            on_bad_row=job.on_bad_row,
+            cursor=job.cursors[number],
+        )
+
+    def next_part(self) -> Part:
+        """Read the rows of the next step that come from these lanes.
+
+        Raises:
+            DataError: what a lane meets in its files.
+        """
+        first = self._step * self._job.rows
+        owners = [place % self._job.lanes for place in range(first, first + self._job.rows)]
+        mine = [lane for lane in owners if lane in self._lanes]
+        rows = [self._lanes[lane].row() for lane in mine]
+        self._step += 1
+        cursors = {lane: self._lanes[lane].cursor() for lane in set(mine)}
+        return Part([tokens for tokens, _ in rows], [documents for _, documents in rows], cursors)
+
+
+def main(descriptor: int) -> None:
+    """Serve one worker process until the other end of the pipe is closed or its process is gone.
+
+    The first message is (job, lane numbers, steps to read ahead); each later one asks for one more step.
+    Answers are a Part, an OpenELMError, or the text of a traceback.
+    """
+    connection = Connection(descriptor)
+    try:
+        job, numbers, ahead = connection.recv()
+        _serve(connection, job, numbers, ahead)
+    except (EOFError, OSError):  # the stream was closed, or its process ended: nobody is left to tell
+        return
+
+
+def _serve(connection: Connection, job: Job, numbers: Sequence[int], ahead: int) -> None:
+    try:
+        tokenizer = load_tokenizer(Path(job.tokenizer_path))
+        if tokenizer.sha256 != job.tokenizer_sha256:
+            raise DataError(
+                f"the tokenizer changed: SHA-256 {tokenizer.sha256}, expected {job.tokenizer_sha256}",
+                fix="put the old tokenizer back",
+                file=job.tokenizer_path,
+                code="E_CHANGED",
+            )
+        group = LaneGroup(job, tokenizer, numbers)
+        while True:
+            if not ahead:
+                connection.recv()
+                ahead += 1
+            part = group.next_part()
+            connection.send(part)
+            ahead -= 1
+            while connection.poll():
+                connection.recv()
+                ahead += 1
+    except OpenELMError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception:  # a bug of ours: its traceback must not be lost with the process
+        connection.send(traceback.format_exc())
+    while True:  # stay until the other end closes, so that the answer above is read first
+        connection.recv()
+
+
+def command(descriptor: int) -> list[str]:
+    """Return the command line of a worker process: a fresh interpreter that imports this module only.
+
+    Not multiprocessing.Process, whose children import the caller's main module, and with it torch.
+    """
+    start = f"from openelm.data.worker import main; main({descriptor})"
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {start}"]

@@ -1,0 +1,245 @@
+"""The only place that renames files: atomic publishing, SHA-256 manifests, locks. A reader sees old or new."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openelm.errors import CheckpointError, DiskError
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 1 << 20
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hash bytes; returns 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's content; returns 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode plain data the same way everywhere: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a DiskError that names the path and what is free.
+
+    Raises:
+        DiskError: the write inside the block failed for a reason the user can mend.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FIXES:
+            raise
+        raise DiskError(
+            f"cannot write: {os.strerror(error.errno)}{_free_space(path)}",
+            file=path,
+            fix=_DISK_FIXES[error.errno],
+        ) from None
+
+
+_DISK_FIXES = {
+    errno.ENOSPC: "free some space and run the same command again; what was already saved is intact",
+    errno.EDQUOT: "your quota is used up: free some space and run the same command again",
+    errno.EFBIG: "a file size limit was reached (ulimit -f); what was already saved is intact",
+    errno.EIO: "the disk reports an error; what was already saved is intact",
+    errno.EROFS: "the file system is read-only: choose another folder with --out",
+    errno.EACCES: "you may not write there: choose another folder with --out or change its permissions",
+    errno.EPERM: "you may not write there: choose another folder with --out or change its permissions",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder with --out",
+    errno.EEXIST: "a file of this name is in the way: choose another folder with --out",
+}
+
+
+def _free_space(path: Path) -> str:
+    existing = next((parent for parent in (path, *path.parents) if parent.exists()), None)
+    if existing is None:
+        return ""
+    return f" ({shutil.disk_usage(existing).free:,} bytes free)"
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        DiskError: it cannot be created.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file's content; after a crash the file holds all of the old or all of the new bytes.
+
+    Raises:
+        DiskError: the disk is full, read-only or forbidden; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` atomically, with a manifest, when the block ends well.
+
+    Args:
+        target: the final folder; its parents are created.
+        replace: an existing `target` is removed after the new one is complete.
+
+    Raises:
+        CheckpointError: `target` exists and `replace` is false.
+        DiskError: the disk is full, read-only or forbidden; nothing is left under the final name.
+    """
+    if target.exists() and not replace:
+        raise CheckpointError("the folder exists already", file=target, fix="choose another name or remove it")
+    make_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with disk_errors(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            write_manifest(temporary)
+            for file in temporary.iterdir():
+                _sync_file(file)
+            _sync_folder(temporary)
+            _swap(temporary, target)
+            _sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name."""
+    hidden = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    with disk_errors(folder):
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders and files that a killed process left behind; call only while holding the lock."""
+    for path in folder.glob(".*.tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob(".*.old-*"):  # killed between the two renames: the old folder is the good one
+        target = folder / path.name[1:].rpartition(".old-")[0]
+        os.rename(path, target) if not target.exists() else shutil.rmtree(path)
+
+
+def write_manifest(folder: Path) -> str:
+    """Write `manifest.json` with the size and SHA-256 of every file in a flat folder; returns its own hash."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST and file.is_file()
+    }
+    data = canonical_json({"files": files})
+    write_atomic(folder / MANIFEST, data)
+    return sha256_bytes(data)
+
+
+def verify_folder(folder: Path) -> str:
+    """Check every file against the folder's manifest; returns the manifest's SHA-256.
+
+    Raises:
+        CheckpointError: names the first file that is missing, of another size, or of other content.
+    """
+    manifest = folder / MANIFEST
+    try:
+        data = manifest.read_bytes()
+        files = json.loads(data)["files"]
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            "the manifest is missing or unreadable", file=manifest, fix="this folder was not published whole"
+        ) from None
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise CheckpointError("a file listed in the manifest is missing", file=file)
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file.stat().st_size} bytes, but the manifest says {size}", file=file)
+        if (found := sha256_file(file)) != digest:
+            raise CheckpointError(
+                f"damaged: SHA-256 is {found[:12]}…, but the manifest says {digest[:12]}… (bytes 0–{size})",
+                file=file,
+            )
+    return sha256_bytes(data)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    path = folder / ".lock"
+    with disk_errors(path):
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise CheckpointError(
+                f"{owner} is using this folder",
+                file=folder,
+                fix="wait for it, stop it, or choose another --out",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""Talk with a model over many turns: messages for a chat-tuned model, plain continuation for a base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from openelm.errors import CheckpointError, ConfigError
+from openelm.generate.engine import Token, generate, make_cache, prompt_ids
+from openelm.generate.sampling import SamplingConfig
+from openelm.model.transformer import OpenELM
+from openelm.text.chat import Message, encode_chat
+from openelm.text.tokenizer import Tokenizer
+
+
+def is_chat_tuned(folder: Path) -> bool:
+    """Read whether a folder's model learned the chat format: `chat_tuned` in generation_config.json.
+
+    Without that key it counts as a base model. A chat template proves nothing: every tokenizer brings one.
+
+    Raises:
+        CheckpointError: the file is there and is not a JSON object.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return False
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError("generation_config.json is not a JSON object", file=path)
+    return values.get("chat_tuned") is True
+
+
+class PrefixCache:
+    """A cache kept between prompts: what a prompt shares with the start of the last one is not read again."""
+
+    def __init__(self, model: OpenELM, tokenizer: Tokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._cache = make_cache(model, model.config.max_context_length)
+        self._ids: list[int] = []
+
+    def generate(self, ids: Sequence[int], config: SamplingConfig) -> Iterator[Token]:
+        """Continue a prompt like `engine.generate`."""
+        pairs = zip(ids, self._ids[: self._cache.used], strict=False)
+        self._cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        self._ids = list(ids)
+        for token in generate(self._model, self._tokenizer, ids, config, cache=self._cache):
+            self._ids.append(token.id)
+            yield token
+
+
+class Conversation:
+    """Messages with a chat-tuned model; when the context is full, the oldest turns are left out.
+
+    Args:
+        system: a first message that is never left out.
+    """
+
+    def __init__(self, model: OpenELM, tokenizer: Tokenizer, config: SamplingConfig, *, system: str = "") -> None:
+        self.messages = [Message("system", system)] if system else []
+        self._context_tokens, self._tokenizer, self._config = (
+            model.config.max_context_length,
+            tokenizer,
+            config,
+        )
+        self._cache = PrefixCache(model, tokenizer)
+        self._turn = 0
+
+    def reply(self, text: str) -> Iterator[Token]:
+        """Answer a message; the reply, also one the caller stops reading, becomes a part of the conversation.
+
+        Each turn has its own seed, the config's plus the number of turns before it.
+
+        Raises:
+            ConfigError: the message alone does not fit in the context.
+        """
+        messages = [*self.messages, Message("user", text)]
+        ids = self._fitting_ids(messages)
+        self.messages = messages
+        pieces: list[str] = []
+        try:
+            yield from _collected(self._cache.generate(ids, _of_turn(self._config, self._turn)), pieces)
+        finally:
+            self.messages = [*messages, Message("assistant", "".join(pieces))]
+            self._turn += 1
+
+    def _fitting_ids(self, messages: list[Message]) -> list[int]:
+        """Encode the messages, leaving out as many of the oldest turns as the reply needs room for."""
+        room_tokens = _room_tokens(self._context_tokens, self._config)
+        first = 1 if messages[0].role == "system" else 0
+        for start in range(first, len(messages), 2):
+            ids = encode_chat(self._tokenizer, messages[:first] + messages[start:])
+            if len(ids) + room_tokens <= self._context_tokens:
+                return ids
+        raise ConfigError(
+            f"the message has {len(ids)} tokens, the reply {room_tokens}, the context {self._context_tokens}",
+            fix="shorten the message, or ask for fewer tokens",
+        )
+
+
+class Continuation:
+    """Text with a base model: it goes on from what it is given; an empty text asks for more."""
+
+    def __init__(self, model: OpenELM, tokenizer: Tokenizer, config: SamplingConfig) -> None:
+        self.text = ""
+        self._context_tokens, self._tokenizer, self._config = (
+            model.config.max_context_length,
+            tokenizer,
+            config,
+        )
+        self._cache = PrefixCache(model, tokenizer)
+        self._turn = 0
+
+    def reply(self, text: str) -> Iterator[Token]:
+        """Continue a new text, or with "" the one so far; of a long text the model sees the end."""
+        before = text or self.text
+        ids = prompt_ids(self._tokenizer, before)
+        longest = self._context_tokens - _room_tokens(self._context_tokens, self._config)
+        if len(ids) > longest:
+            start = ids[:1] if self._tokenizer.bos_id is not None else []
+            ids = [*start, *ids[len(ids) - longest + len(start) :]]
+        pieces: list[str] = []
+        try:
+            yield from _collected(self._cache.generate(ids, _of_turn(self._config, self._turn)), pieces)
+        finally:
+            self.text = before + "".join(pieces)
+            self._turn += 1
+
+
+def _room_tokens(context_tokens: int, config: SamplingConfig) -> int:
+    """Tokens kept free for a reply: what it may use, at most half the context."""
+    return min(config.max_tokens, context_tokens // 2)
+
+
+def _of_turn(config: SamplingConfig, turn: int) -> SamplingConfig:
+    return config.model_copy(update={"seed": (config.seed + turn) % 2**63})
+
+
+def _collected(tokens: Iterator[Token], pieces: list[str]) -> Iterator[Token]:
+    """Pass tokens on and keep their text."""
+    for token in tokens:
+        pieces.append(token.text)
+        yield token

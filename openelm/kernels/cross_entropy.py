@@ -1,0 +1,110 @@
+"""The loss on top of the tied output matrix, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openelm.kernels.linear import rounded
+from openelm.kernels.precision import emulates_bf16, matmul_dtype, wide_dtype
+
+_CPU_CHUNK_BYTES = 32 << 20  # one chunk of logits: half a shared cache, still efficient products
+_GPU_CHUNK_BYTES = 512 << 20
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum the next-token losses: hidden (N, d), weight (V, d), targets (N,) with -100 = no target.
+
+    Returns loss_sum = Σ nll + z_loss · logsumexp², differentiable, and nll_sum, detached; both cover the rows with
+    a target only. Follows torch.autocast. The gradients are computed with the loss, chunk by chunk (Cut
+    Cross-Entropy, arXiv 2411.09009, names the idea; here the chunks are rows and nothing is dropped).
+    """
+    kept = (targets != -100).nonzero().squeeze(1)
+    if len(kept) < len(targets):
+        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+    dtype = matmul_dtype(hidden, weight)
+    learning = torch.is_grad_enabled()
+    loss_sum, nll_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, z_loss, dtype, learning
+    )
+    return loss_sum, nll_sum
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype, learning: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs = (learning and ctx.needs_input_grad[0], learning and ctx.needs_input_grad[1])
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options = z_loss, dtype, needs
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss_sum, nll_sum, *ctx.gradients = _loss_and_gradients(hidden, weight, targets, z_loss, dtype, needs)
+        ctx.mark_non_differentiable(nll_sum)
+        return loss_sum, nll_sum
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # The buffers are handed on and scaled in place; a second backward of a kept graph computes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            with torch.autocast(upstream[0].device.type, enabled=False):
+                gradients = _loss_and_gradients(*ctx.saved_tensors, *ctx.options)[2:]
+        scaled = (None if gradient is None else gradient.mul_(upstream[0]) for gradient in gradients)
+        return *scaled, None, None, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return loss_sum, nll_sum and the gradients of loss_sum that are needed.
+
+    With p = softmax of a row of logits, l its logsumexp and s = 1 + 2·z_loss·l, the gradient of the row's logits is
+    s·p − onehot = s·(p − onehot/s): p is kept where the logits were, and s scales the row's hidden vector instead.
+    """
+    wide = wide_dtype(dtype)
+    exact = emulates_bf16(hidden.device, dtype)
+    h, w = (rounded(hidden), rounded(weight)) if exact else (hidden.to(dtype), weight.to(dtype))
+    chunk_bytes = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
+    chunk_rows = max(1, min(len(h), chunk_bytes // (len(w) * wide.itemsize)))
+    products = h.new_empty(chunk_rows, len(w))
+    chances = products if products.dtype == wide else h.new_empty(chunk_rows, len(w), dtype=wide)
+    losses = h.new_empty(2, len(h), dtype=wide)
+    hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    weight_gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    for start in range(0, len(h), chunk_rows):
+        part = slice(start, min(start + chunk_rows, len(h)))
+        logits, p = products[: part.stop - start], chances[: part.stop - start]
+        torch.mm(h[part], w.t(), out=logits)
+        if p is not logits:
+            p.copy_(logits)
+        column = targets[part, None]
+        at_target = p.gather(1, column)
+        largest = p.amax(1, keepdim=True)
+        torch.softmax(p, 1, out=p)
+        log_sum = largest - p.amax(1, keepdim=True).log_()
+        losses[0, part] = (log_sum - at_target).squeeze(1)
+        losses[1, part] = log_sum.squeeze(1)
+        if not any(needs):
+            continue
+        scale = 1 + 2 * z_loss * log_sum
+        p[torch.arange(len(p), device=p.device), column[:, 0]] -= (1 / scale)[:, 0]
+        if p is not logits:
+            logits.copy_(p)
+        if hidden_gradient is not None:
+            hidden_gradient[part] = torch.mm(logits, w).mul_(scale)
+        if weight_gradient is not None:
+            _add_product(weight_gradient, logits.t(), (h[part] * scale).to(logits.dtype))
+    nll_sum = losses[0].sum()
+    return nll_sum + z_loss * losses[1].square().sum(), nll_sum, hidden_gradient, weight_gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)

@@ -1,0 +1,60 @@
+"""The key/value cache: preallocated, owned by the caller, so one model can serve many callers at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openelm.errors import ConfigError
+from openelm.model.plan import LayerPlan
+
+
+class KeyValueCache:
+    """Keys (after norm and rotation) and values of every layer, for `rows` sequences of equal position.
+
+    Args:
+        plan: gives each layer's KV heads and the head size.
+        rows: sequences held side by side.
+        length: tokens that fit in a row.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        rows: int,
+        length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shapes = [(rows, heads, length, plan.head_dim) for heads in plan.kv_heads]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.length = length
+        self.used = 0
+        """Tokens that every layer holds."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values behind the `used` ones; returns views of all of them.
+
+        Args:
+            key, value: shape (rows, KV heads, new tokens, head_dim).
+
+        Raises:
+            ConfigError: the row has no room left.
+        """
+        end = self.used + key.shape[2]
+        if end > self.length:
+            raise ConfigError(f"{end} tokens do not fit in a cache of {self.length}", fix="make the cache longer")
+        self.keys[layer][:, :, self.used : end] = key
+        self.values[layer][:, :, self.used : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens as held, once every layer has appended them."""
+        self.used += tokens
+
+    def truncate(self, tokens: int) -> None:
+        """Forget everything after the first `tokens` tokens."""
+        assert 0 <= tokens <= self.used
+        self.used = tokens

@@ -1,0 +1,47 @@
+"""Choosing where to run."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from openelm.errors import ConfigError
+from openelm.kernels.linear import linear
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Turn a name into a device; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigError: no such name, or the machine has no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(device for device in ("cuda", "mps", "cpu") if available[device]))
+    if name not in available:
+        raise ConfigError(f"no device is called {name!r}", fix=f"devices: {', '.join(DEVICES)}")
+    if not available[name]:
+        usable = [device for device, present in available.items() if present]
+        raise ConfigError(f"this machine has no {name} device", fix=f"use one of: {', '.join(usable)}")
+    return torch.device(name)
+
+
+@functools.cache
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure this machine's rate for the model's own matrix product: the yardstick of MFU (about 0.3 s).
+
+    Returns:
+        FLOP/s, the best of five products of a shape that suits the device.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        began = time.perf_counter()
+        linear(x, x).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * size**3 / best)

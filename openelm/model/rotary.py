@@ -1,0 +1,32 @@
+"""Rotary position tables (RoPE, arXiv 2104.09864), always in fp32: rounded frequencies move far positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable:
+    """Cosines and sines for positions 0, 1, …; grown on demand and kept per device.
+
+    Args:
+        head_dim: all of it is rotated, first half against second half.
+        base: the slowest pair of components turns at 1/base of the fastest one's rate.
+    """
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim, self.base = head_dim, base
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def at(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each of shape (length, head_dim / 2), for `length` positions from `start`."""
+        table = self._tables.get(device)
+        if table is None or table[0].shape[0] < start + length:
+            table = self._tables[device] = self._compute(max(start + length, 2048), device)
+        return table[0][start : start + length], table[1][start : start + length]
+
+    def _compute(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # a table made while sampling must also serve training
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+            angles = torch.outer(torch.arange(length, dtype=torch.float64), self.base**-exponents)
+            return angles.cos().float().to(device), angles.sin().float().to(device)

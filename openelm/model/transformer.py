@@ -1,0 +1,205 @@
+"""The whole forward pass, top to bottom.
+
+Module names are the published ones (`transformer.layers.{i}.attn.qkv_proj.weight`, …), so a model folder is a
+Hugging Face folder. Precision follows `torch.autocast`: with fp32 weights under bf16 autocast the projections
+run in bf16 and the residual stream stays fp32; a model cast to bf16 runs in bf16 throughout.
+
+Shapes: B rows, T tokens, D dim, V vocabulary, Hq and Hk query and KV heads of the layer, E head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openelm.errors import ConfigError
+from openelm.kernels.attention import attention
+from openelm.kernels.linear import linear
+from openelm.kernels.rms_norm import rms_norm
+from openelm.kernels.rotary import qk_norm_rope
+from openelm.kernels.swiglu import swiglu
+from openelm.model.cache import KeyValueCache
+from openelm.model.config import ModelConfig
+from openelm.model.rotary import RotaryTable
+
+
+class Linear(nn.Linear):
+    """A projection without bias, through our kernel."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: `OpenELM.initialise` draws every weight, from an explicit generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (arXiv 1910.07467) with a learned scale."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalised per head, then rotated to their positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        plan = config.plan
+        self.layer = layer
+        self.query_heads, self.kv_heads = plan.query_heads[layer], plan.kv_heads[layer]
+        self.qkv_proj = Linear(plan.dim, (self.query_heads + 2 * self.kv_heads) * plan.head_dim)
+        self.q_norm = RMSNorm(plan.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(plan.head_dim, config.rms_norm_eps)
+        self.out_proj = Linear(self.query_heads * plan.head_dim, plan.dim)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None, documents: Tensor | None
+    ) -> Tensor:
+        q, k, v = qk_norm_rope(  # (B, Hq, T, E), (B, Hk, T, E), (B, Hk, T, E)
+            self.qkv_proj(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rope,
+            self.query_heads,
+            self.kv_heads,
+            self.q_norm.eps,
+        )
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        projected: Tensor = self.out_proj(attention(q, k, v, documents=documents))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): the first half of `proj_1` gates the second."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.proj_1 = Linear(dim, 2 * ffn_dim)
+        self.proj_2 = Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.proj_2(swiglu(self.proj_1(x)))
+        return projected
+
+
+class Layer(nn.Module):
+    """One pre-norm block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.ffn = FeedForward(config.model_dim, config.plan.ffn_dims[layer])
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None, documents: Tensor | None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, cache, documents)
+        x = x + self.ffn(self.ffn_norm(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm; holds the parameters under their published names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(
+            config.vocab_size, config.model_dim, _weight=torch.empty(config.vocab_size, config.model_dim)
+        )
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_transformer_layers))
+        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+
+
+class OpenELM(nn.Module):
+    """A decoder-only language model with layer-wise scaled widths and a tied head (arXiv 2404.14619).
+
+    Weights are undefined until `initialise` or `load_state_dict` fills them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.rotary = RotaryTable(config.head_dim, config.rope_freq_constant)
+        self.recompute_layers = False
+        """Whether training recomputes each layer in the backward pass instead of keeping its activations."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (V, D): the embedding itself."""
+        return self.transformer.token_embeddings.weight
+
+    def forward(self, tokens: Tensor, *, cache: KeyValueCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Predict the next token at every position.
+
+        Args:
+            tokens: ids (B, T); with a cache, the T tokens that follow the `cache.used` ones already in it.
+            cache: appended to in place.
+            documents: (B, T), equal where positions belong to the same document of a packed row; positions of
+                other documents are not seen. Not for use with a cache.
+
+        Returns:
+            Logits (B, T, V).
+
+        Raises:
+            ConfigError: the positions do not fit in the cache or in the rotary table.
+        """
+        return self.logits(self.hidden(tokens, cache=cache, documents=documents))
+
+    def hidden(self, tokens: Tensor, *, cache: KeyValueCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Return the final normalised states (B, T, D), from which `logits` predicts; see `forward`."""
+        assert cache is None or documents is None
+        start, length = (0 if cache is None else cache.used), tokens.shape[1]
+        if start + length > self.config.rope_max_length:
+            raise ConfigError(
+                f"{start + length} positions, but the model's rotary table ends at {self.config.rope_max_length}",
+                fix="use fewer tokens",
+            )
+        x = self.transformer.token_embeddings(tokens)
+        rope = self.rotary.at(start, length, tokens.device)
+        for layer in self.transformer.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, cache, documents, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, documents)
+        if cache is not None:
+            cache.advance(length)
+        normalised: Tensor = self.transformer.norm(x)
+        return normalised
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Multiply states (..., D) by the tied head; returns (..., V)."""
+        return linear(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights as published: Normal(0, fan_in^-1/2), and (2 · layers · dim)^-1/2 for the projections
+        that write to the residual stream; the embedding's fan-in is dim; norm scales are 1.
+
+        Args:
+            generator: a CPU generator; the draws do not depend on the model's device.
+        """
+        residual_std = (2 * self.config.num_transformer_layers * self.config.model_dim) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            writes_residual = name.endswith(("attn.out_proj.weight", "ffn.proj_2.weight"))
+            std = residual_std if writes_residual else 1 / math.sqrt(parameter.shape[1])
+            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.copy_(draw.mul_(std))

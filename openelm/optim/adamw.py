@@ -1,0 +1,58 @@
+"""AdamW with the published decay exclusions, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from openelm.config import Config
+from openelm.errors import CheckpointError
+
+
+class AdamWConfig(Config):
+    """Decoupled weight decay (arXiv 1711.05101) with the published coefficients."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """For matrices, the embedding among them; vectors (norm scales) are not decayed."""
+
+
+def build_adamw(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:
+    """Make the optimizer; one-dimensional parameters are exempt from weight decay, as published."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the optimizer's state as `parameter name/state name` -> tensor."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put named tensors back as the optimizer's state.
+
+    Raises:
+        CheckpointError: a tensor is of no parameter of the model, or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
+            raise CheckpointError(f"the optimizer's tensor {path!r} does not fit this model")
+        # Moments live beside their parameter; `step` is a scalar that the fused kernel wants there too.
+        optimizer.state[parameter][key] = tensor.to(parameter.device)

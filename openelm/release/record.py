@@ -1,0 +1,304 @@
+"""Read a run folder as it is on disk: finished, stopped, rewound, or only just started."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+
+from openelm.errors import CheckpointError
+from openelm.files import sha256_file
+
+
+def _number(value: object) -> object:
+    return float.fromhex(value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, pydantic.BeforeValidator(_number)]  # a JSON number or the hex string of `float.hex`
+
+
+class Part(pydantic.BaseModel):
+    """A part of a run folder: unknown keys are ignored, so that newer runs can be read."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore")
+
+
+class Plan(Part):
+    """The widths of each layer, input first."""
+
+    dim: int
+    head_dim: int
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _same_length(self) -> Plan:
+        if not len(self.query_heads) == len(self.kv_heads) == len(self.ffn_dims) > 0:
+            raise ValueError("query_heads, kv_heads and ffn_dims must have one entry a layer")
+        return self
+
+
+class Shard(Part):
+    """One data file."""
+
+    path: str
+    format: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    rows: int = 0
+
+
+class Source(Part):
+    """A named group of data files."""
+
+    name: str
+    shards: tuple[Shard, ...] = ()
+
+
+class Corpus(Part):
+    """The files that were read, and the hash of the list."""
+
+    sources: tuple[Source, ...] = ()
+    sha256: str = ""
+
+
+class TokenizerFile(Part):
+    """Which tokenizer was used."""
+
+    vocab_size: int | None = None
+    sha256: str = ""
+
+
+class RunFile(Part):
+    """`run.json`."""
+
+    name: str | None = None
+    config: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    plan: Plan | None = None
+    uniform_plan: Plan | None = None
+    parameters: int | None = None
+    data: Corpus | None = None
+    held_out: Corpus | None = None
+    tokenizer: TokenizerFile | None = None
+    environment: dict[str, Any] = {}
+    seed: int | None = None
+    git_commit: str | None = None
+
+
+class DocumentScore(Part):
+    """The score of one held-out document."""
+
+    name: str
+    value: Number
+    bytes: int = 0
+
+
+class Score(Part):
+    """Held-out bits per byte and the interval around it."""
+
+    value: Number
+    low: Number | None = None
+    high: Number | None = None
+    documents: int | None = None
+    bytes: int | None = None
+    tokens: int | None = None
+    perplexity: Number | None = None
+    interval_over: str = ""
+    per_document: tuple[DocumentScore, ...] = ()
+
+
+class Baseline(Part):
+    """What another way of predicting the same bytes needs."""
+
+    name: str
+    bits_per_byte: Number
+    note: str = ""
+
+
+class Evaluation(Part):
+    """One file of `eval/`."""
+
+    bits_per_byte: Score | None = None
+    baselines: tuple[Baseline, ...] = ()
+    step: int | None = None
+
+    @property
+    def best_baseline(self) -> Baseline | None:
+        """The baseline that needs the fewest bits."""
+        return min(self.baselines, key=lambda baseline: baseline.bits_per_byte, default=None)
+
+
+class Line(Part):
+    """A ledger line that belongs to a step."""
+
+    step: int
+
+
+class StepLine(Line):
+    """One optimizer step; `loss` is in nats per target token, `seconds` is the time of this step alone."""
+
+    tokens: int | None = None
+    target_tokens: int | None = None
+    target_bytes: int | None = None
+    loss: Number
+    gradient_norm: Number | None = None
+    learning_rate: Number | None = None
+    seconds: Number | None = None
+    tokens_per_second: Number | None = None
+    mfu: Number | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """The bits that this step's batch needed: nats per token / ln 2 times its target tokens."""
+        return None if self.target_tokens is None else self.loss / math.log(2) * self.target_tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The training loss in the unit of the held-out score."""
+        return self.bits / self.target_bytes if self.bits is not None and self.target_bytes else None
+
+
+class HeldOutLine(Line):
+    """The held-out score during training."""
+
+    bits_per_byte: Number
+    documents: int | None = None
+
+
+class SampleLine(Line):
+    """What the model wrote during training."""
+
+    prompt: str = ""
+    text: str = ""
+
+
+class EventLine(Line):
+    """Something that happened to the run: resume, rewind, skip, stop, finish, checkpoint."""
+
+    event: str
+    step: int = 0
+    to: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder in memory, without the ledger lines that a later rewind or resume made void."""
+
+    folder: Path
+    run: RunFile = RunFile()
+    steps: list[StepLine] = field(default_factory=list)
+    held_out: list[HeldOutLine] = field(default_factory=list)
+    samples: list[SampleLine] = field(default_factory=list)
+    events: list[EventLine] = field(default_factory=list)
+    void_steps: list[StepLine] = field(default_factory=list)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)  # by file name
+    result: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # by file name
+
+    @property
+    def final(self) -> Evaluation | None:
+        """`eval/final.json`, when it holds a score."""
+        found = self.evaluations.get("final.json")
+        return found if found is not None and found.bits_per_byte is not None else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that counts; 0 before the first."""
+        return self.steps[-1].step if self.steps else 0
+
+
+KINDS: dict[str, type[Line]] = {"step": StepLine, "evaluation": HeldOutLine, "sample": SampleLine}
+PartType = TypeVar("PartType", bound=Part)
+
+
+def read_run(folder: Path) -> Record:
+    """Read a run folder; each file in it may be missing.
+
+    Raises:
+        CheckpointError: the folder is missing, or a file in it is not what it should be.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no run folder at {folder}", fix="give the folder that holds run.json")
+    kept: list[Line] = []
+    void: list[Line] = []
+    for line in _ledger_lines(folder / "ledger.jsonl"):
+        if isinstance(line, EventLine) and line.event in ("rewind", "resume"):
+            # A resume starts from a checkpoint: what an interrupted run logged beyond it was trained again.
+            last = line.step if line.to is None else line.to
+            void += [old for old in kept if old.step > last and not isinstance(old, EventLine)]
+            kept = [old for old in kept if old.step <= last or isinstance(old, EventLine)]
+        kept.append(line)
+    result = _json(folder / "result.json")
+    return Record(
+        folder=folder,
+        run=_read(folder / "run.json", RunFile) or RunFile(),
+        steps=[line for line in kept if isinstance(line, StepLine)],
+        held_out=[line for line in kept if isinstance(line, HeldOutLine)],
+        samples=[line for line in kept if isinstance(line, SampleLine)],
+        events=[line for line in kept if isinstance(line, EventLine)],
+        void_steps=[line for line in void if isinstance(line, StepLine)],
+        evaluations={
+            path.name: evaluation
+            for path in sorted(folder.glob("eval/*.json"))
+            if (evaluation := _read(path, Evaluation)) is not None
+        },
+        result=result if isinstance(result, dict) else {},
+        hashes={name: sha256_file(folder / name) for name in ("run.json", "ledger.jsonl") if (folder / name).exists()},
+    )
+
+
+def _ledger_lines(path: Path) -> Iterator[Line]:
+    """Yield the ledger's lines; the last may be half written while the run goes on and is then left out."""
+    raw = _bytes(path)
+    for number, text in enumerate(raw.split(b"\n")[:-1] if raw else (), start=1):
+        found = _parse(text, path, number)
+        event = found.get("event") if isinstance(found, dict) else None
+        if not isinstance(event, str):
+            raise CheckpointError("the ledger line has no event", fix=_FIX, file=path, line=number)
+        yield _validate(KINDS.get(event, EventLine), found, path, number)
+
+
+_FIX = "restore the file from a copy, or give another run folder"
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", fix=_FIX, file=path) from error
+
+
+def _parse(raw: bytes, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON: {error}", fix=_FIX, file=path, line=line) from error
+
+
+def _json(path: Path) -> Any:
+    raw = _bytes(path)
+    return None if raw is None else _parse(raw, path)
+
+
+def _read(path: Path, kind: type[PartType]) -> PartType | None:
+    found = _json(path)
+    return None if found is None else _validate(kind, found, path)
+
+
+def _validate(kind: type[PartType], value: object, path: Path, line: int | None = None) -> PartType:
+    try:
+        return kind.model_validate(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise CheckpointError(f"{where}: {first['msg']}", fix=_FIX, file=path, line=line) from error

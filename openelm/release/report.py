@@ -1,0 +1,249 @@
+"""Write a run's report: one HTML file that opens from disk, asks the network for nothing, and trusts no text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from openelm.files import write_atomic
+from openelm.release import charts, units
+from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure
+from openelm.release.record import Corpus, Evaluation, Record, Score, read_run
+
+SAMPLES, SHARDS, DOCUMENTS, EVENT_ROWS = 12, 200, 100, 40
+SAMPLE_CHARACTERS = 2000
+
+
+def write_report(run: Path, *, out: Path | None = None) -> Path:
+    """Write the report of a run folder to `out` (`report.html` in the folder if not given) and return its path.
+
+    The same folder always gives the same bytes. Parts of the folder that are not there yet are left out.
+
+    Raises:
+        CheckpointError: the folder is missing, or a file in it cannot be understood.
+        DiskError: the page cannot be written.
+    """
+    path = out or run / "report.html"
+    write_atomic(path, render(read_run(run)).encode())
+    return path
+
+
+def render(record: Record) -> str:
+    """Return the page of a run as HTML."""
+    style, script = _resource("report.css"), _resource("report.js")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        significant=units.significant, short=units.count, size=units.size, plural=units.plural, bits="{:.3f}".format
+    )
+    final = record.final
+    score = final.bits_per_byte if final else None
+    return environment.from_string(_resource("report.html.j2")).render(
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        record=record,
+        run=record.run,
+        name=record.run.name or record.folder.resolve().name,
+        status=status(record),
+        verdict=verdict(record),
+        key_figures=list(_key_figures(record)),
+        score=score,
+        final=final,
+        results=list(_results(final)) if final else [],
+        documents=list(_documents(score)) if score else [],
+        other_evaluations=_other_evaluations(record),
+        learning=learning_figure(record, final.best_baseline if final else None),
+        samples=units.spread(record.samples, SAMPLES),
+        sample_characters=SAMPLE_CHARACTERS,
+        health=health_figures(record),
+        events=[event for event in record.events if event.event in EVENTS],
+        event_words=EVENTS,
+        event_rows=EVENT_ROWS,
+        layers=layers_figure(record.run.plan, record.run.uniform_plan) if record.run.plan else None,
+        corpora=[
+            (title, corpus, _sources(corpus))
+            for title, corpus in (("Training text", record.run.data), ("Held-out text", record.run.held_out))
+            if corpus is not None
+        ],
+        shards=SHARDS,
+        document_rows=DOCUMENTS,
+        commands=commands(record),
+        fingerprints=list(_fingerprints(record)),
+        environment=sorted((key, _plain(value)) for key, value in record.run.environment.items()),
+        settings=list(_settings(record.run.config)),
+        model=list(_settings(record.run.model)),
+        result=list(_settings(record.result)),
+    )
+
+
+def status(record: Record) -> str:
+    """Say in a few words how far the run is."""
+    ends = [event for event in record.events if event.event in ("start", "resume", "stop", "finish")]
+    last = ends[-1].event if ends else "start"
+    at = f"at step {record.last_step:,}"
+    return {"finish": f"finished {at}", "stop": f"stopped {at}"}.get(last, f"not finished, {at}")
+
+
+def verdict(record: Record) -> str:
+    """Say in one sentence how good the model is, and never more than the interval allows."""
+    parameters = record.run.parameters
+    model = f"this model of {units.count(parameters)} parameters" if parameters else "this model"
+    score = record.final.bits_per_byte if record.final else None
+    if record.final is not None and score is not None:
+        said = f"On text it never saw, {model} needs {score.value:.3f} bits per byte"
+        if score.low is not None and score.high is not None:
+            over = f" over {score.interval_over}" if score.interval_over else ""
+            said += f" (interval{over}: {score.low:.3f} to {score.high:.3f})"
+        return said + _comparison(score, record.final) + "."
+    if record.held_out:
+        last = record.held_out[-1]
+        return (
+            f"After {units.plural(last.step, 'step')}, {model} needs {last.bits_per_byte:.3f} bits per byte on held-out "
+            "text; there is no final evaluation yet."
+        )
+    if record.steps:
+        return f"After {units.plural(record.last_step, 'step')}, {model} has not been scored on held-out text yet."
+    return "The run has started; no step is recorded yet."
+
+
+def _comparison(score: Score, final: Evaluation) -> str:
+    best = final.best_baseline
+    if best is None:
+        return "; there is no baseline to compare it with"
+    named = f"the best baseline, {best.name} ({best.bits_per_byte:.3f})"
+    low, high = (score.value if end is None else end for end in (score.low, score.high))
+    if low <= best.bits_per_byte <= high:
+        return f"; the interval includes {named}, so neither is shown to be better"
+    difference = units.percent(abs(1 - score.value / best.bits_per_byte), 2)
+    return f", {difference} {'fewer' if score.value < best.bits_per_byte else 'more'} than {named}"
+
+
+def _key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Yield (label, value, remark) for what is known."""
+    parameters, plan = record.run.parameters, record.run.plan
+    tokens = record.steps[-1].tokens if record.steps else None
+    if record.final is not None and (score := record.final.bits_per_byte) is not None:
+        perplexity = f"perplexity {units.significant(score.perplexity)} a token" if score.perplexity else ""
+        yield "held-out bits per byte", f"{score.value:.3f}", perplexity
+    elif record.held_out:
+        last = record.held_out[-1]
+        yield "held-out bits per byte", f"{last.bits_per_byte:.3f}", f"at step {last.step:,}"
+    if parameters:
+        yield "parameters", units.count(parameters), units.plural(len(plan.ffn_dims), "layer") if plan else ""
+    if tokens:
+        remark = f"{units.significant(tokens / parameters, 3)} per parameter" if parameters else ""
+        yield "tokens seen", units.count(tokens), remark
+    timed = [(line, line.seconds) for line in record.steps if line.seconds]
+    if not timed:
+        return
+    total = sum(seconds for _, seconds in timed)
+    lost = sum(line.seconds or 0 for line in record.void_steps)
+    yield "training time", units.duration(total), f"and {units.duration(lost)} on steps done again" if lost else ""
+    rates = [(rate, seconds) for line, seconds in timed if (rate := line.tokens_per_second) is not None]
+    if rates:
+        yield "tokens per second", units.significant(_mean(rates), 3), "mean over the training time"
+    shares = [(mfu, seconds) for line, seconds in timed if (mfu := line.mfu) is not None]
+    if shares:
+        yield "MFU", units.percent(_mean(shares)), "share of the device's peak"
+
+
+def _mean(weighted: list[tuple[float, float]]) -> float:
+    return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
+
+
+def _results(final: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield the model and its baselines, the best first."""
+    score = final.bits_per_byte
+    assert score is not None
+    interval = (score.low, score.high) if score.low is not None and score.high is not None else None
+    rows = [("this model", score.value, "", interval, "train")]
+    rows += [(one.name, one.bits_per_byte, one.note, None, "baseline") for one in final.baselines]
+    top = max(max(value, interval[1] if interval else value) for _, value, _, interval, _ in rows)
+    for name, value, note, interval, style in sorted(rows, key=lambda row: row[1]):
+        bar = charts.bar(value, top, style, interval)
+        yield {"name": name, "value": value, "note": note, "interval": interval, "bar": bar, "style": style}
+
+
+def _documents(score: Score) -> Iterator[dict[str, Any]]:
+    """Yield the held-out documents, the easiest first."""
+    top = max((one.value for one in score.per_document), default=1.0)
+    for one in sorted(score.per_document, key=lambda one: one.value):
+        yield {"name": one.name, "value": one.value, "bytes": one.bytes, "bar": charts.bar(one.value, top, "held-out")}
+
+
+def _other_evaluations(record: Record) -> list[tuple[str, int | None, Score]]:
+    return [
+        (name, evaluation.step, evaluation.bits_per_byte)
+        for name, evaluation in record.evaluations.items()
+        if name != "final.json" and evaluation.bits_per_byte is not None
+    ]
+
+
+def _sources(corpus: Corpus) -> list[dict[str, Any]]:
+    total = sum(shard.bytes for source in corpus.sources for shard in source.shards) or 1
+    return [
+        {
+            "name": source.name,
+            "shards": source.shards,
+            "bytes": (size := sum(shard.bytes for shard in source.shards)),
+            "rows": sum(shard.rows for shard in source.shards),
+            "share": units.percent(size / total),
+        }
+        for source in corpus.sources
+    ]
+
+
+def _settings(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested settings as (dotted path, value)."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _settings(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(inner)
+
+
+def commands(record: Record) -> list[str]:
+    """Return the commands that train the same model again and check it against this run."""
+    checkout = [f"git checkout {record.run.git_commit}"] if record.run.git_commit else []
+    return [*checkout, "python -m pip install .", "openelm train run.json", "openelm verify run.json"]
+
+
+def _fingerprints(record: Record) -> Iterator[tuple[str, str]]:
+    run = record.run
+    found = {
+        "seed": None if run.seed is None else str(run.seed),
+        "code": run.git_commit,
+        "training text": run.data.sha256 if run.data else None,
+        "held-out text": run.held_out.sha256 if run.held_out else None,
+        "tokenizer": run.tokenizer.sha256 if run.tokenizer else None,
+        "vocabulary": f"{run.tokenizer.vocab_size:,}" if run.tokenizer and run.tokenizer.vocab_size else None,
+        **record.hashes,
+    }
+    yield from ((key, value) for key, value in found.items() if value)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _policy(style: str, script: str) -> str:
+    """Return a content security policy that allows exactly this style and this script, and no request."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files("openelm.release").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,300 @@
+"""A run: its resolved config, its folder, and everything a stranger needs to start the same run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from openelm.config import Config
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.reading import read_documents
+from openelm.data.stream import DataConfig
+from openelm.errors import CheckpointError, ConfigError
+from openelm.files import make_folder, publish_folder, write_atomic
+from openelm.kernels.precision import cpu_multiplies_bf16
+from openelm.model.config import ModelConfig
+from openelm.model.device import choose_device
+from openelm.model.plan import matched_uniform_plan
+from openelm.model.sizes import ModelChoice
+from openelm.optim.adamw import AdamWConfig
+from openelm.optim.schedule import ScheduleConfig
+from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from openelm.train.checkpoint import CheckpointConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class TokenizerChoice(Config):
+    """An existing tokenizer, or one trained on the run's own text."""
+
+    path: str | None = None
+    """A SentencePiece `.model`, a `tokenizer.json`, or a folder with one."""
+    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
+    """Pieces of the tokenizer to train when no path is given."""
+
+
+class TrainConfig(Config):
+    """The shape of the work and what to do when it goes wrong."""
+
+    steps: Positive
+    rows: Positive
+    """Sequences per optimizer step."""
+    length: Positive
+    """Tokens per sequence."""
+    micro_rows: Positive | None = None
+    """Sequences per forward and backward pass; gradients are averaged over all target tokens of the step."""
+    seed: Count = 0
+    """Fixes the initial weights and the document order."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    document_mask: bool = True
+    """Whether the documents packed into one row are hidden from each other."""
+    recompute_layers: bool = False
+    """Activation checkpointing: keep only each layer's input and recompute the rest in the backward pass."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+    z_loss: Annotated[float, Field(ge=0)] = 1e-4
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """What to do with an update whose loss or gradient is not finite."""
+    max_skips: Positive = 5
+    """Stop when this many updates in a row were skipped."""
+    on_spike: Literal["warn", "skip"] = "warn"
+    """What to do with an update whose loss is far above the recent ones."""
+    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
+    """A spike is this many standard deviations above the mean of the last 64 losses."""
+
+    @model_validator(mode="after")
+    def _micro_rows_divide(self) -> Self:
+        if self.micro_rows is not None and self.rows % self.micro_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
+        return self
+
+
+class EvaluationConfig(Config):
+    """Measurements on held-out text while training goes on."""
+
+    every: Positive = 500
+    """Steps between measurements; the last step is always measured."""
+    max_bytes: Positive = 65_536
+    """Held-out text read each time; the final evaluation reads all of it."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings that the model continues each time, to be read by people."""
+    sample_tokens: Positive = 80
+
+
+class RunConfig(Config):
+    """A recipe: everything that decides what a run does."""
+
+    model: ModelChoice = ModelChoice()
+    tokenizer: TokenizerChoice = TokenizerChoice()
+    data: DataConfig
+    held_out: tuple[SourceConfig, ...] = ()
+    train: TrainConfig
+    optimizer: AdamWConfig = AdamWConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _length_fits(self) -> Self:
+        if self.train.length > self.model.context:
+            raise ValueError(f"train.length {self.train.length} is longer than model.context {self.model.context}")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    config: RunConfig
+    model_config: ModelConfig
+    manifest: Manifest
+    held_out: Manifest | None
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+
+def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = ()) -> Run:
+    """Create a run folder, or open it again for the same config.
+
+    Args:
+        allow_change: dotted names that may differ from the folder's `run.json`, such as `train.steps`.
+
+    Raises:
+        ConfigError: the folder belongs to another config; lists what differs.
+        DataError: a source or the tokenizer cannot be used.
+        DiskError: the folder cannot be written.
+    """
+    make_folder(folder)
+    manifest = build_manifest(config.data.sources)
+    held_out = build_manifest(config.held_out) if config.held_out else None
+    tokenizer = _open_tokenizer(folder / "tokenizer", config.tokenizer, manifest)
+    device = choose_device(config.train.device)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
+    run = Run(
+        folder=folder,
+        config=config,
+        model_config=config.model.config(tokenizer.vocab_size).model_copy(
+            update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ),
+        manifest=manifest,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        device=device,
+        precision=precision,
+    )
+    _write_or_compare(folder / "run.json", describe_run(run), allow_change)
+    return run
+
+
+def _open_tokenizer(folder: Path, choice: TokenizerChoice, manifest: Manifest) -> Tokenizer:
+    if folder.is_dir():
+        return load_tokenizer(folder)
+    if choice.path is not None:
+        tokenizer = load_tokenizer(Path(choice.path))
+    else:
+        texts = (document.text for document in read_documents(manifest))
+        tokenizer = train_tokenizer(texts, choice.vocab_size)
+    with publish_folder(folder) as temporary:
+        tokenizer.save(temporary)
+    return load_tokenizer(folder)
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """Return the content of `run.json`: plain data that starts the same run again and says where it ran."""
+    plan = run.model_config.plan
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "seed": run.config.train.seed,
+        "model": run.model_config.model_dump(mode="json"),
+        "parameters": run.model_config.parameters,
+        "plan": asdict(plan),
+        "uniform_plan": asdict(matched_uniform_plan(plan)),
+        "data": {"sha256": run.manifest.sha256, **run.manifest.to_json()},
+        "held_out": {"sha256": run.held_out.sha256, **run.held_out.to_json()} if run.held_out else None,
+        "tokenizer": {"vocab_size": run.tokenizer.vocab_size, "sha256": run.tokenizer.sha256},
+        "environment": environment(run.device, run.precision),
+        "git_commit": _git_commit(),
+    }
+
+
+def environment(device: torch.device, precision: str) -> dict[str, str]:
+    """Name what the numbers of a run may depend on."""
+    return {
+        "openelm": _version("openelm-framework"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "precision": precision,
+        **{
+            name: os.environ[name]
+            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "OMP_NUM_THREADS")
+            if name in os.environ
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code, with `+` when its working tree differs; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", here, *arguments), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: Sequence[str]) -> None:
+    data = (json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    if not path.exists():
+        write_atomic(path, data)
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError:
+        raise CheckpointError(
+            "run.json is damaged", file=path, fix="restore it, or train into another folder"
+        ) from None
+    changes = [
+        change
+        for change in _differences(_comparable(stored), _comparable(json.loads(data)))
+        if not any(change[0] == name or change[0].startswith(f"{name}.") for name in allow_change)
+    ]
+    if changes:
+        listing = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:8])
+        raise ConfigError(
+            f"this folder holds a run with other settings ({listing})",
+            file=path,
+            fix=f"choose another --out, or allow it with --allow-change {changes[0][0]}",
+        )
+
+
+def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what must not change between the starts of one run, under the names a recipe uses."""
+    environment = {
+        key: description["environment"].get(key) for key in ("openelm", "torch", "precision", "cpu_capability")
+    }
+    return {
+        **description["config"],
+        "environment": environment,
+        "data_sha256": description["data"]["sha256"],
+        "tokenizer_sha256": description["tokenizer"]["sha256"],
+    }
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.reading import read_documents
+from openelm.errors import ConfigError, DataError
+
+
+def source(*paths, **settings) -> SourceConfig:
+    return SourceConfig(**{"name": "text", "paths": tuple(map(str, paths)), **settings})
+
+
+def names(*paths, **settings) -> list[str]:
+    return [shard.name for shard in build_manifest([source(*paths, **settings)]).sources[0].shards]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "data"
+    for name in ("b.txt", "a.txt", "sub/c.md", "sub/deep/d.text", ".hidden.txt", ".git/x.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"text of {name}\n\nmore of {name}\n")
+    return root
+
+
+def test_folders_files_and_globs_expand_in_sorted_order(folder):
+    assert names(folder) == ["a.txt", "b.txt", "sub/c.md", "sub/deep/d.text"]
+    assert names(folder / "b.txt", folder / "a.txt") == ["b.txt", "a.txt"]
+    assert names(folder / "*.txt") == ["a.txt", "b.txt"]
+    assert names(folder / "**" / "[cd].*") == ["sub/c.md", "sub/deep/d.text"]
+    assert names(folder / "b.txt", folder) == ["b.txt", "a.txt", "sub/c.md", "sub/deep/d.text"]
+    assert names(folder, exclude=("b.*", "sub/deep/*")) == ["a.txt", "sub/c.md"]
+
+
+def test_a_file_name_with_glob_characters_is_a_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+
+
+@pytest.mark.parametrize(
+    "path, settings, code, words",
+    [
+        ("missing.txt", {}, "E_PATH", "no such file"),
+        ("*.nothing", {}, "E_PATH", "no file matches"),
+        ("", {"exclude": ("*",)}, "E_PATH", "all 4 files are excluded"),
+        ("x.bin", {}, "E_FORMAT", "allowed: .txt"),
+        ("empty.txt", {}, "E_EMPTY", "is empty"),
+        ("fifo.txt", {}, "E_PATH", "not a regular file"),
+    ],
+)
+def test_a_path_that_gives_no_text_is_named(folder, path, settings, code, words):
+    if path == "x.bin":
+        (folder / path).write_bytes(b"x")
+    if path == "empty.txt":
+        (folder / path).touch()
+    if path == "fifo.txt":
+        os.mkfifo(folder / path)
+    with pytest.raises(DataError, match=words) as caught:
+        build_manifest([source(folder / path, **settings)])
+    assert caught.value.code == code and str(folder / path).rstrip("/") in str(caught.value)
+
+
+def test_an_unknown_suffix_is_read_when_the_format_is_given(folder):
+    (folder / "x.bin").write_text("text")
+    assert names(folder / "x.bin", format="txt") == ["x.bin"]
+
+
+def test_sources_need_different_names(folder):
+    with pytest.raises(ConfigError, match="different names"):
+        build_manifest([source(folder), source(folder / "a.txt")])
+
+
+def test_the_hash_does_not_depend_on_the_folder(folder, tmp_path):
+    elsewhere = tmp_path / "else" / "where"
+    shutil.copytree(folder, elsewhere)
+    first, second = build_manifest([source(folder)]), build_manifest([source(elsewhere)])
+    assert first.sha256 == second.sha256 and str(tmp_path) in json.dumps(first.to_json())
+
+
+@pytest.mark.parametrize("settings", [{"document_bytes": 3}, {"name": "x"}, {"weight": 2.0}, {"exclude": ("a.*",)}])
+def test_the_hash_depends_on_what_decides_the_documents(folder, settings):
+    assert build_manifest([source(folder)]).sha256 != build_manifest([source(folder, **settings)]).sha256
+
+
+def test_the_hash_depends_on_every_byte(folder):
+    before = build_manifest([source(folder)]).sha256
+    (folder / "a.txt").write_text((folder / "a.txt").read_text().replace("more", "less"))
+    assert build_manifest([source(folder)]).sha256 != before
+
+
+def test_a_manifest_survives_json(folder):
+    manifest = build_manifest([source(folder, document_bytes=3)])
+    again = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+    assert again == manifest and again.sha256 == manifest.sha256
+
+
+@pytest.mark.parametrize("value", [None, [], {}, {"sources": [{}]}, {"sources": [{"shards": [{"blocks": [["x"]]}]}]}])
+def test_other_json_is_no_manifest(value):
+    with pytest.raises(DataError, match="not a data manifest"):
+        Manifest.from_json(value)
+
+
+def test_a_changed_file_is_refused_with_both_hashes(folder):
+    manifest = build_manifest([source(folder / "a.txt")])
+    (shard,) = manifest.sources[0].shards
+    (folder / "a.txt").write_text("other text\n")
+    other = build_manifest([source(folder / "a.txt")]).sources[0].shards[0]
+    with pytest.raises(DataError) as caught:
+        list(read_documents(manifest))
+    assert caught.value.code == "E_CHANGED" and shard.sha256 in str(caught.value) and other.sha256 in str(caught.value)
+
+
+def test_a_file_with_the_same_bytes_and_another_time_is_the_same(folder):
+    manifest = build_manifest([source(folder / "a.txt")])
+    os.utime(folder / "a.txt", (1, 1))
+    assert len(list(read_documents(manifest))) == 1
+
+
+def test_a_whole_check_finds_a_change_that_kept_size_and_time(folder):
+    manifest = build_manifest([source(folder / "a.txt")])
+    status = (folder / "a.txt").stat()
+    (folder / "a.txt").write_bytes((folder / "a.txt").read_bytes().replace(b"more", b"less"))
+    os.utime(folder / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    manifest.check_unchanged()
+    with pytest.raises(DataError, match="changed"):
+        manifest.check_unchanged(whole=True)
+
+
+def test_a_file_that_is_gone_is_an_error(folder):
+    manifest = build_manifest([source(folder / "a.txt")])
+    (folder / "a.txt").unlink()
+    with pytest.raises(DataError) as caught:
+        list(read_documents(manifest))
+    assert caught.value.code == "E_CHANGED"
