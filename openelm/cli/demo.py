@@ -13,7 +13,7 @@ from rich.console import Console
 
 from openelm.cli.train import find_recipe, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
-from openelm.data.manifest import SourceConfig, build_manifest
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
 from openelm.errors import DataError
 from openelm.evaluate.baselines import Baseline, baselines
@@ -60,10 +60,16 @@ def _demo_config(arguments: argparse.Namespace, folder: Path, **model: str) -> R
 def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Split the user's documents into two files of the run folder, and point the recipe at them."""
     split = folder / "text"
+    source = SourceConfig.parse({"name": "your text", "paths": list(paths), "document_bytes": _DOCUMENT_BYTES})
+    manifest = build_manifest([source])
     if not split.exists():
-        _split_documents(paths, split)
+        _split_documents(manifest, split)
+    if json.loads((split / "origin.json").read_bytes())["sha256"] != manifest.sha256:
+        raise DataError(
+            "this folder holds a run on other text", file=folder, fix="choose another --out", code="E_CHANGED"
+        )
     size_bytes = (split / "train.jsonl").stat().st_size
-    vocab_size = next(size for size, least in ((4096, 1_000_000), (1024, 200_000), (320, 0)) if size_bytes >= least)
+    vocab_size = next(size for size, least in ((4096, 1_000_000), (1024, 200_000), (512, 0)) if size_bytes >= least)
     prompt = json.loads((split / "held-out.jsonl").open().readline())["text"][:40]
     return {
         "tokenizer": {"vocab_size": vocab_size},
@@ -73,23 +79,23 @@ def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dic
     }
 
 
-def _split_documents(paths: Sequence[str], split: Path) -> None:
+def _split_documents(manifest: Manifest, split: Path) -> None:
     """Put one document in twenty aside, chosen by the hash of its text; long text files are cut at blank lines.
 
     Raises:
         DataError: there are too few documents to keep one for the evaluation.
     """
-    source = SourceConfig.parse({"name": "your text", "paths": list(paths), "document_bytes": _DOCUMENT_BYTES})
-    texts = [document.text for document in read_documents(build_manifest([source]))]
+    texts = [document.text for document in read_documents(manifest)]
     if len(texts) < 2:
         raise DataError(
             f"the text makes {len(texts)} document, but one to train on and one to keep for the evaluation are needed",
-            file=", ".join(paths),
+            file=manifest.sources[0].shards[0].path,
             fix="give more text; files are cut at blank lines every 16 KiB",
         )
     ranked = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     kept = set(ranked[: max(1, len(texts) // _HELD_OUT_EVERY)])
     with publish_folder(split) as temporary:
+        write_json(temporary / "origin.json", {"sha256": manifest.sha256, **manifest.to_json()})
         for name, wanted in (("train.jsonl", False), ("held-out.jsonl", True)):
             with (temporary / name).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts if (text in kept) is wanted)
@@ -174,7 +180,7 @@ def _publish(run: Run, score: Score, rows: Sequence[Baseline]) -> None:
 def _show(run: Run, score: Score, rows: Sequence[Baseline], console: Console) -> None:
     table = [*((row.name, row.bits_per_byte, row.description) for row in rows), ("this model", score.value, "")]
     console.print()
-    console.print(aligned(("held-out text", "bits/byte", ""), table), markup=False)
+    console.print(aligned(("held-out text", "bits/byte", ""), table), markup=False, soft_wrap=True)
     model = load_model(run.folder / "model")
     for prompt in run.config.evaluation.prompts[:1]:
         sampling = SamplingConfig(max_tokens=120, seed=run.config.train.seed)
@@ -182,5 +188,6 @@ def _show(run: Run, score: Score, rows: Sequence[Baseline], console: Console) ->
         console.print("\n".join(f"  {line}" for line in text.splitlines()), markup=False, style="italic")
     console.print("\n[bold]try next[/]")
     console.print(f"  openelm chat {run.folder}/model", markup=False)
-    console.print(f'  openelm generate {run.folder}/model --prompt "ROMEO.\\nBut soft" --temperature 0.7', markup=False)
+    prompt = json.dumps(run.config.evaluation.prompts[0] if run.config.evaluation.prompts else "Once")
+    console.print(f"  openelm generate {run.folder}/model --prompt {prompt} --temperature 0.7", markup=False)
     console.print(f"  open {run.folder}/report.html in a browser", markup=False)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from openelm import __version__
 from openelm.errors import OpenELMError
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 # verb: (module, function); torch is imported by these modules, never by `--help`.
 _HANDLERS = {
@@ -34,7 +38,7 @@ exit codes: 0 done, 2 usage or configuration, 3 bad input data, 4 damaged model 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         module, function = _HANDLERS[parsed.verb]
         handler: Callable[[argparse.Namespace], int] = getattr(
@@ -50,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: `openelm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `path=value` words may stand anywhere, which argparse alone does not allow."""
+    words, overrides = list(arguments), []
+    if words and words[0] in ("demo", "train"):
+        overrides = [word for word in words if _OVERRIDE.match(word)]
+        words = [word for word in words if not _OVERRIDE.match(word)]
+    parsed = build_parser().parse_args(words)
+    parsed.overrides = overrides
+    return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,11 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs = argparse._SubParsersAction  # argparse has no public name for it
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # argparse has no public name for it
 
 
 def _verb(verbs: Verbs, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -113,7 +128,7 @@ def _add_training(verbs: Verbs) -> None:
         "train a recipe, or go on with a run that was stopped",
         "openelm train recipes/mine.toml --out runs/mine train.steps=2000 schedule.peak=0.003",
     )
-    train.add_argument("recipe", help="a .toml file, or the name of a shipped recipe")
+    train.add_argument("recipe", help="a .toml file, a shipped recipe's name, or the run.json of a run to repeat")
     train.add_argument("--out", required=True, help="run folder; the same command resumes")
     train.add_argument(
         "--allow-change",

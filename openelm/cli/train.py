@@ -36,7 +36,7 @@ def train_recipe(arguments: argparse.Namespace) -> int:
     """Train, or go on; prints progress and where the results are."""
     console = Console()
     recipe = find_recipe(arguments.recipe)
-    config = RunConfig.parse(apply_overrides(read_toml(recipe), arguments.overrides), file=recipe)
+    config = RunConfig.parse(apply_overrides(read_recipe(recipe), arguments.overrides), file=recipe)
     folder = Path(arguments.out)
     make_folder(folder)
     with folder_lock(folder):
@@ -52,7 +52,9 @@ def average(arguments: argparse.Namespace) -> int:
     """Average checkpoints and publish the model folder."""
     run, console = Path(arguments.run), Console()
     target = Path(arguments.out) if arguments.out else run / "model"
-    steps = publish_average(run, arguments.last, target)
+    read_run_file(run)
+    with folder_lock(run):
+        steps = publish_average(run, arguments.last, target)
     console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {target}", highlight=False)
     return 0
 
@@ -67,12 +69,20 @@ def report(arguments: argparse.Namespace) -> int:
 def find_recipe(name: str) -> Path:
     """Return a recipe file: the path itself, or the shipped recipe of that name."""
     shipped = Path(str(files("openelm") / "recipes"))
-    if Path(name).exists() or name.endswith(".toml"):
+    if Path(name).exists() or name.endswith((".toml", ".json")):
         return Path(name)
     if (shipped / f"{name}.toml").exists():
         return shipped / f"{name}.toml"
     names = ", ".join(sorted(path.stem for path in shipped.glob("*.toml")))
     raise ConfigError(f"no recipe is called {name!r}", fix=f"give a .toml file, or a shipped recipe: {names}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: a TOML file, or the `run.json` of a run that is to be started again."""
+    if path.suffix != ".json":
+        return read_toml(path)
+    config: dict[str, Any] = read_run_file(path.parent, path.name)["config"]
+    return config
 
 
 def train_run(run: Run, console: Console) -> OpenELM:
@@ -154,18 +164,16 @@ def publish_average(run: Path, last: int, target: Path) -> list[int]:
     return steps
 
 
-def read_run_file(run: Path) -> Mapping[str, Any]:
+def read_run_file(run: Path, name: str = "run.json") -> Mapping[str, Any]:
     """Read `run.json`.
 
     Raises:
         CheckpointError: the folder is no run folder.
     """
     try:
-        description: dict[str, Any] = json.loads((run / "run.json").read_bytes())
-        if not isinstance(description["model"], dict):
+        description: dict[str, Any] = json.loads((run / name).read_bytes())
+        if not (isinstance(description["model"], dict) and isinstance(description["config"], dict)):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            "run.json is missing or damaged", file=run / "run.json", fix="give a run folder"
-        ) from None
+        raise CheckpointError(f"{name} is missing or damaged", file=run / name, fix="give a run folder") from None
     return description

@@ -19,7 +19,8 @@ def expand_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[tuple[str
     """List (relative name, absolute path) of the files that paths, folders and globs stand for.
 
     Entries keep their order; within an entry files are sorted by relative name. A folder is walked to its
-    depth, without hidden files. `package:NAME/file` is a file that the Python package NAME ships. `exclude` globs are matched against the file name and the relative name.
+    depth, without hidden files. `package:NAME/file` is a file that the Python package NAME ships. `exclude`
+    globs are matched against the file name and the relative name.
 
     Raises:
         DataError: E_PATH for a path that is missing, matches nothing or is not a regular file.

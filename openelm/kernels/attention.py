@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = Non
     the document of each position: a position sees only its own document. Follows torch.autocast.
     """
     dtype = matmul_dtype(q, k, v)
-    if emulates_bf16(q.device, dtype):
+    if q.shape[2] > 1 and emulates_bf16(q, dtype):  # the bf16 backward is ten times slower there; one token has none
         q, k, v = (part.to(dtype).float() for part in (q, k, v))
         with torch.autocast("cpu", enabled=False):
             return _attention(q, k, v, documents).to(dtype)
@@ -36,7 +36,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Ten
     if documents is not None or length > 1:
         mask = _visible(length, keys, documents, q.device).repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.view(rows, query_heads, length, head_dim)
+    out = out.reshape(rows, query_heads, length, head_dim)
     return out.transpose(1, 2).reshape(rows, length, query_heads * head_dim)
 
 

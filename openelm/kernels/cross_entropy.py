@@ -67,7 +67,7 @@ def _loss_and_gradients(
     s·p − onehot = s·(p − onehot/s): p is kept where the logits were, and s scales the row's hidden vector instead.
     """
     wide = wide_dtype(dtype)
-    exact = emulates_bf16(hidden.device, dtype)
+    exact = emulates_bf16(hidden, dtype)
     h, w = (rounded(hidden), rounded(weight)) if exact else (hidden.to(dtype), weight.to(dtype))
     chunk_bytes = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
     chunk_rows = max(1, min(len(h), chunk_bytes // (len(w) * wide.itemsize)))
@@ -75,7 +75,7 @@ def _loss_and_gradients(
     chances = products if products.dtype == wide else h.new_empty(chunk_rows, len(w), dtype=wide)
     losses = h.new_empty(2, len(h), dtype=wide)
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    weight_gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
     for start in range(0, len(h), chunk_rows):
         part = slice(start, min(start + chunk_rows, len(h)))
         logits, p = products[: part.stop - start], chances[: part.stop - start]
@@ -100,6 +100,8 @@ def _loss_and_gradients(
         if weight_gradient is not None:
             _add_product(weight_gradient, logits.t(), (h[part] * scale).to(logits.dtype))
     nll_sum = losses[0].sum()
+    if weight_gradient is not None:
+        weight_gradient = weight_gradient.to(weight.dtype)
     return nll_sum + z_loss * losses[1].square().sum(), nll_sum, hidden_gradient, weight_gradient
 
 

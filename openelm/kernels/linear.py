@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openelm.kernels.precision import emulates_bf16, matmul_dtype
 
+_FEW_ROWS = 32  # below this, reading the weight costs more than multiplying: bf16 as it is reads the least
 _CHUNK_ROWS = 1024  # fp32 copies of this many rows stay in the cache and below malloc's page-returning threshold
 
 
@@ -20,7 +21,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     are rounded to bf16, the products and sums are fp32, which is what bf16 hardware computes.
     """
     dtype = matmul_dtype(x, weight)
-    if not emulates_bf16(x.device, dtype):
+    few = x.numel() < _FEW_ROWS * x.shape[-1]
+    if few or not emulates_bf16(x, dtype):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _RoundedLinear.apply(rows, weight)  # type: ignore[no-untyped-call]

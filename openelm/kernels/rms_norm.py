@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openelm.kernels.precision import wide_dtype
+from openelm.kernels.precision import runs_by_hand, wide_dtype
 
 _CHUNK_BYTES = 1 << 19  # what one core's cache holds beside the operands
 
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The normalised x is rounded to x's dtype before it meets the weight, as in the released models.
     """
-    if x.device.type == "cpu":
+    if runs_by_hand(x):
         out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return out
     if x.dtype == weight.dtype == torch.float32:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openelm.kernels.precision import wide_dtype
+from openelm.kernels.precision import runs_by_hand, wide_dtype
 from openelm.kernels.rms_norm import inverse_rms, rms_norm
 
 _CHUNK_BYTES = 1 << 20  # one stretch of rows and its steps in between stay in the cache
@@ -29,7 +29,7 @@ def qk_norm_rope(
     Components (i, i + hd/2) turn together; norm and rotation are fp32 inside.
     """
     heads = qkv.reshape(*qkv.shape[:2], query_heads + 2 * kv_heads, -1)
-    if qkv.device.type == "cpu":
+    if runs_by_hand(qkv):
         q, k, v = _NormRope.apply(heads, q_weight, k_weight, cos, sin, query_heads, eps)  # type: ignore[no-untyped-call]
         return q, k, v
     q, k, v = torch.split(heads.transpose(1, 2), [query_heads, kv_heads, kv_heads], dim=1)

@@ -8,16 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openelm.kernels.precision import runs_by_hand
+
 _CHUNK_ROWS = 128
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Gate one half by the other: gate_up (..., 2f) -> silu(gate) * up (..., f)."""
-    if gate_up.device.type != "cpu":
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
-    return out
+    if runs_by_hand(gate_up):
+        out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+        return out
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):

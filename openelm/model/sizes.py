@@ -62,7 +62,7 @@ class ModelChoice(Config):
     """What a recipe says about the model: a named size, or its own depth and width under the published rule."""
 
     size: str | None = None
-    """A named size; the fields below are then ignored, but for `rule` and `context`."""
+    """A named size; its depth, widths and multipliers then replace the ones below."""
     layers: Positive = 8
     dim: Positive = 512
     head_dim: Positive = 64

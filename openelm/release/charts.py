@@ -1,7 +1,7 @@
 """Draw charts as inline SVG: positions in percent, so that text keeps its size at every width.
 
-Curves live in a nested SVG with the coordinates 0 to 1000 on both axes, stretched to the plot; everything else is placed
-in percent of it. Colours are CSS classes, so that one drawing serves the light and the dark theme.
+Curves live in a nested SVG with the coordinates 0 to 1000 on both axes, stretched to the plot; everything else is
+placed in percent of it. Colours are CSS classes, so that one drawing serves the light and the dark theme.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Scale:
     def label(self, tick: float) -> str:
         """Write a tick, without the power of ten of `exponent`."""
         value = tick / 10.0**self.exponent
-        factor, suffix = next((pair for pair in THOUSANDS if abs(value) >= 10 * pair[0]), (1, ""))
-        return f"{value / factor:.6g}{suffix}"
+        factor, suffix = next((pair for pair in THOUSANDS if self.high >= 10 * pair[0] and value), (1, ""))
+        return f"{value / factor:,.6g}{suffix}"
 
 
 def linear_scale(low: float, high: float, ticks: int = 5) -> Scale:
@@ -92,11 +92,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Marker:
-    """Something that happened at x; `kind` is its CSS class and names its icon."""
+    """Something that happened at x; `kind` is its CSS class and names its icon, `place` counts those beside it."""
 
     x: float
     kind: str
     label: str
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,15 @@ def line_chart(
         parts.append(
             Markup(
                 '<line class="level" x1="0" x2="100%" y1="{0}" y2="{0}"/>'
-                '<text class="level-label" x="100%" y="{0}" dy="-6" text-anchor="end">{1}</text>'
+                '<text class="label" x="4" y="{0}" dy="-6">{1}</text>'
             ).format(at, level.label)
         )
     for marker in markers:
         parts.append(
             Markup(
                 '<g class="event {1}"><title>{2}</title><line x1="{0}" x2="{0}" y1="0" y2="100%"/>'
-                '<use href="#icon-{1}" x="{0}" y="-10"/></g>'
-            ).format(percent(x.at(marker.x)), marker.kind, marker.label)
+                '<use href="#icon-{1}" x="{0}" y="-10" transform="translate({3})"/></g>'
+            ).format(percent(x.at(marker.x)), marker.kind, marker.label, 11 * marker.place)
         )
     parts.append(_stretched(_path(one, x, y) for one in series if not one.dots and one.points))
     for one in series:
@@ -172,9 +173,7 @@ def line_chart(
         'aria-describedby="{slug}-description" data-low="{low}" data-high="{high}">'
         '<desc id="{slug}-description">{description}</desc>{parts}'
         '<line class="cross" x1="0" x2="0" y1="0" y2="100%" visibility="hidden"/></svg>'
-    ).format(
-        height=height, slug=slug, low=x.low, high=x.high, description=description, parts=Markup("").join(parts)
-    )
+    ).format(height=height, slug=slug, low=x.low, high=x.high, description=description, parts=Markup("").join(parts))
 
 
 def _grid(x: Scale, y: Scale) -> Markup:
@@ -185,7 +184,8 @@ def _grid(x: Scale, y: Scale) -> Markup:
         ).format(percent(1 - y.at(tick)), y.label(tick))
         for tick in y.ticks
     ]
-    columns = [
+    columns = [Markup('<text class="tick" x="-14" y="100%" dy="1.6em" text-anchor="end">step</text>')]
+    columns += [
         Markup('<text class="tick" x="{}" y="100%" dy="1.6em" text-anchor="middle">{}</text>').format(
             percent(x.at(tick)), x.label(tick)
         )
@@ -211,7 +211,9 @@ def bar(value: float, top: float, style: str, interval: tuple[float, float] | No
     if interval is not None:
         low, high = (percent(min(end / top, 1)) for end in interval)
         parts.append(Markup('<line class="interval" x1="{}" x2="{}" y1="8" y2="8"/>').format(low, high))
-        parts += [Markup('<line class="interval" x1="{0}" x2="{0}" y1="4" y2="12"/>').format(end) for end in (low, high)]
+        parts += [
+            Markup('<line class="interval" x1="{0}" x2="{0}" y1="4" y2="12"/>').format(end) for end in (low, high)
+        ]
     return Markup('<svg class="bar" height="16" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
 
 
@@ -235,36 +237,49 @@ def layer_chart(slug: str, description: str, model: Widths, uniform: Widths | No
     compared = (model, uniform) if uniform else (model,)
     heads = WING / max(max(one.query_heads) for one in compared)
     ffn = WING / max(max(one.ffn_dims) for one in compared)
-    parts = [
-        _layer(index, (layers - 1 - index) * row, row, model, heads=heads, ffn=ffn) for index in range(layers)
-    ]
+    tops = [(layers - 1 - index) * row for index in range(layers)]
+    parts = [_bars(index, top, row, model, heads=heads, ffn=ffn) for index, top in enumerate(tops)]
     if uniform:
         left = [CENTRE - GAP - heads * value for value in uniform.query_heads]
         right = [CENTRE + GAP + ffn * value for value in uniform.ffn_dims]
         # Its own number of layers: a shallower or deeper uniform model gets a shorter or taller outline.
         tall = len(uniform.ffn_dims) / layers
         parts.append(_stretched(_outline(side, tall) for side in (left, right)))
+    parts += [_values(index, top + row / 2, model, heads=heads, ffn=ffn) for index, top in enumerate(tops)]
     return Markup(
         '<svg class="layers" role="img" height="{height}" aria-labelledby="{slug}-title" '
         'aria-describedby="{slug}-description"><desc id="{slug}-description">{description}</desc>{parts}</svg>'
     ).format(height=layers * row, slug=slug, description=description, parts=Markup("").join(parts))
 
 
-def _layer(index: int, top: int, row: int, model: Widths, *, heads: float, ffn: float) -> Markup:
-    query, keys, hidden = model.query_heads[index], model.kv_heads[index], model.ffn_dims[index]
+def _bars(index: int, top: int, row: int, model: Widths, *, heads: float, ffn: float) -> Markup:
     left, right = CENTRE - GAP, CENTRE + GAP
-    rectangle = Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="{}" height="{}"/>')
-    text = Markup('<text class="{}" x="{:.2f}%" y="{}" dy="0.34em" text-anchor="{}">{}</text>')
-    bars = (("queries", left - heads * query, heads * query), ("keys", left - heads * keys, heads * keys))
-    middle = top + row / 2
+    bars = (
+        ("queries", left - heads * model.query_heads[index], heads * model.query_heads[index]),
+        ("keys", left - heads * model.kv_heads[index], heads * model.kv_heads[index]),
+        ("ffn", right, ffn * model.ffn_dims[index]),
+    )
     return Markup("").join(
-        [
-            *(rectangle.format(style, x, width, top + 1, row - 2) for style, x, width in bars),
-            rectangle.format("ffn", right, ffn * hidden, top + 1, row - 2),
-            text.format("tick", CENTRE, middle, "middle", index + 1),
-            text.format("value", left - heads * query - 1, middle, "end", f"{query} · {keys}"),
-            text.format("value", right + ffn * hidden + 1, middle, "start", f"{hidden:,}"),
-        ]
+        Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="{}" height="{}"/>').format(
+            style, x, width, top + 1, row - 2
+        )
+        for style, x, width in bars
+    )
+
+
+def _values(index: int, middle: float, model: Widths, *, heads: float, ffn: float) -> Markup:
+    query, keys, hidden = model.query_heads[index], model.kv_heads[index], model.ffn_dims[index]
+    left, right = CENTRE - GAP - heads * query - 1, CENTRE + GAP + ffn * hidden + 1
+    texts = (
+        ("tick", CENTRE, "middle", str(index + 1)),
+        ("label", left, "end", f"{query} · {keys}"),
+        ("label", right, "start", f"{hidden:,}"),
+    )
+    return Markup("").join(
+        Markup('<text class="{}" x="{:.2f}%" y="{:g}" dy="0.34em" text-anchor="{}">{}</text>').format(
+            style, x, middle, anchor, text
+        )
+        for style, x, anchor, text in texts
     )
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from openelm.release import charts
 from openelm.release.charts import Level, Marker, Point, Scale, Series, Widths
-from openelm.release.record import Baseline, Plan, Record, StepLine
+from openelm.release.record import Baseline, EventLine, Plan, Record, RewindLine, StepLine
 from openelm.release.units import significant, spread
 
 CURVE_POINTS = 600
@@ -23,6 +23,9 @@ EVENTS = {
     "rewind": "went back to a checkpoint",
     "skip": "skipped a batch",
     "stop": "stopped on request",
+    "spike": "loss spike",
+    "nonfinite": "loss or gradient not finite",
+    "damage": "passed over a damaged checkpoint",
 }
 
 
@@ -55,7 +58,7 @@ def learning_figure(record: Record, baseline: Baseline | None) -> Figure | None:
     """Draw training and held-out bits per byte over the steps, with the best baseline as a level."""
     scored = [(float(line.step), line.bits_per_byte) for line in record.steps]
     raw, left_out = _drawable(scored, above=0)
-    window = max(1, len(raw) // 40)
+    window = len(raw) // 80 * 2 + 1  # odd: as many steps before as after
     smooth = smoothed(record.steps, window)
     held_out, _ = _drawable([(float(line.step), line.bits_per_byte) for line in record.held_out], above=0)
     series = [
@@ -79,7 +82,10 @@ def learning_figure(record: Record, baseline: Baseline | None) -> Figure | None:
 
 
 def smoothed(steps: Sequence[StepLine], window: int) -> list[Point]:
-    """Return (step, bits per byte of the last `window` steps together), each step counted by its bytes."""
+    """Return (step, bits per byte of `window` steps around it together), each step counted by its bytes.
+
+    Near the first step the window shrinks on both sides, so that the steep beginning is not lifted.
+    """
     parts = [
         (float(line.step), line.bits, line.target_bytes)
         for line in steps
@@ -88,8 +94,9 @@ def smoothed(steps: Sequence[StepLine], window: int) -> list[Point]:
     bits = [0.0, *accumulate(part[1] for part in parts)]
     sizes = [0, *accumulate(part[2] for part in parts)]
     points: list[Point] = []
-    for end, (step, _, _) in enumerate(parts, start=1):
-        first = max(0, end - window)
+    for i, (step, _, _) in enumerate(parts):
+        reach = min(window // 2, i)
+        first, end = i - reach, min(i + reach + 1, len(parts))
         if (mean := (bits[end] - bits[first]) / (sizes[end] - sizes[first])) > 0:
             points.append((step, mean))
     return points
@@ -173,6 +180,7 @@ def _figure(
     x = step_axis(record)
     header = ("step", *(one.name for one in series))
     note = f"{left_out:,} values that are not finite and above zero are not drawn." if left_out else ""
+    drawn = ((one.name, f"{px:.0f}", repr(py)) for one in series for px, py in one.points)
     return Figure(
         slug=slug,
         title=title,
@@ -185,29 +193,34 @@ def _figure(
         keys=tuple(Key(one.name, one.style, significant(one.points[-1][1])) for one in series),
         header=header,
         rows=_rows(series),
-        csv=data_link(
-            [("series", "step", "value"), *((one.name, f"{px:.0f}", repr(py)) for one in series for px, py in one.points)]
-        ),
+        csv=data_link([("series", "step", "value"), *drawn]),
         last_step=max(int(one.points[-1][0]) for one in series),
     )  # fmt: skip
 
 
 def step_axis(record: Record) -> Scale:
     """Return the x axis that all curves of a run share."""
-    lines = (*record.steps, *record.held_out, *(event for event in record.events if event.event in EVENTS))
-    steps = [line.step for line in lines]
-    return charts.step_scale(min(steps), max(steps))
+    lines = (*record.steps, *record.held_out, *notable(record.events))
+    return charts.step_scale(0, max(line.step for line in lines))
+
+
+def notable(events: Sequence[EventLine]) -> list[EventLine]:
+    """Return the events to show; a rewind that made nothing void is only bookkeeping."""
+    return [
+        event
+        for event in events
+        if event.event in EVENTS and not (isinstance(event, RewindLine) and event.to >= event.step)
+    ]
 
 
 def markers(record: Record, x: Scale) -> list[Marker]:
     """Return the events to mark, at most one of a kind in each sixtieth of the axis."""
-    found: dict[tuple[str, int], Marker] = {}
-    for event in record.events:
-        if event.event in EVENTS:
-            label = f"step {event.step:,}: {EVENTS[event.event]}"
-            place = (event.event, int(x.at(event.step) * MARKERS))
-            found.setdefault(place, Marker(event.step, event.event, label))
-    return list(found.values())
+    found: dict[int, dict[str, Marker]] = {}
+    for event in notable(record.events):
+        beside = found.setdefault(int(x.at(event.step) * MARKERS), {})
+        label = f"step {event.step:,}: {EVENTS[event.event]}"
+        beside.setdefault(event.event, Marker(event.step, event.event, label, place=len(beside)))
+    return [marker for beside in found.values() for marker in beside.values()]
 
 
 def _rows(series: Sequence[Series]) -> tuple[tuple[str, ...], ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,13 +12,9 @@ import pydantic
 
 from openelm.errors import CheckpointError
 from openelm.files import sha256_file
+from openelm.train.ledger import number, read_ledger, valid_events
 
-
-def _number(value: object) -> object:
-    return float.fromhex(value) if isinstance(value, str) else value
-
-
-Number = Annotated[float, pydantic.BeforeValidator(_number)]  # a JSON number or the hex string of `float.hex`
+Number = Annotated[float, pydantic.BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)]
 
 
 class Part(pydantic.BaseModel):
@@ -96,12 +91,12 @@ class DocumentScore(Part):
     """The score of one held-out document."""
 
     name: str
-    value: Number
+    value: Number = pydantic.Field(validation_alias=pydantic.AliasChoices("value", "bits_per_byte"))
     bytes: int = 0
 
 
 class Score(Part):
-    """Held-out bits per byte and the interval around it."""
+    """Held-out bits per byte, and its 95 % bootstrap interval where there is enough text for one."""
 
     value: Number
     low: Number | None = None
@@ -112,6 +107,11 @@ class Score(Part):
     perplexity: Number | None = None
     interval_over: str = ""
     per_document: tuple[DocumentScore, ...] = ()
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its ends, if there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 class Baseline(Part):
@@ -180,20 +180,26 @@ class SampleLine(Line):
 
 
 class EventLine(Line):
-    """Something that happened to the run: resume, rewind, skip, stop, finish, checkpoint."""
+    """Something that happened to the run; `seconds` is what a finished run took, evaluations included."""
 
     event: str
     step: int = 0
-    to: int | None = None
     reason: str = ""
+    seconds: Number | None = None
+
+
+class RewindLine(EventLine):
+    """The run went back to step `to`; what it had recorded beyond it is void."""
+
+    to: int
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder in memory, without the ledger lines that a later rewind or resume made void."""
+    """A run folder in memory, without the ledger lines that a later rewind made void; all events are there."""
 
     folder: Path
-    run: RunFile = RunFile()
+    run: RunFile = field(default_factory=RunFile)
     steps: list[StepLine] = field(default_factory=list)
     held_out: list[HeldOutLine] = field(default_factory=list)
     samples: list[SampleLine] = field(default_factory=list)
@@ -215,7 +221,12 @@ class Record:
         return self.steps[-1].step if self.steps else 0
 
 
-KINDS: dict[str, type[Line]] = {"step": StepLine, "evaluation": HeldOutLine, "sample": SampleLine}
+KINDS: dict[str, type[Line]] = {
+    "step": StepLine,
+    "evaluation": HeldOutLine,
+    "sample": SampleLine,
+    "rewind": RewindLine,
+}
 PartType = TypeVar("PartType", bound=Part)
 
 
@@ -227,15 +238,12 @@ def read_run(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder at {folder}", fix="give the folder that holds run.json")
-    kept: list[Line] = []
-    void: list[Line] = []
-    for line in _ledger_lines(folder / "ledger.jsonl"):
-        if isinstance(line, EventLine) and line.event in ("rewind", "resume"):
-            # A resume starts from a checkpoint: what an interrupted run logged beyond it was trained again.
-            last = line.step if line.to is None else line.to
-            void += [old for old in kept if old.step > last and not isinstance(old, EventLine)]
-            kept = [old for old in kept if old.step <= last or isinstance(old, EventLine)]
-        kept.append(line)
+    ledger = folder / "ledger.jsonl"
+    events = read_ledger(ledger)
+    lines = [_line(event, ledger, i) for i, event in enumerate(events, start=1)]
+    valid = {id(event) for event in valid_events(events)}
+    kept = [line for event, line in zip(events, lines, strict=True) if id(event) in valid]
+    void = [line for event, line in zip(events, lines, strict=True) if id(event) not in valid]
     result = _json(folder / "result.json")
     return Record(
         folder=folder,
@@ -243,7 +251,7 @@ def read_run(folder: Path) -> Record:
         steps=[line for line in kept if isinstance(line, StepLine)],
         held_out=[line for line in kept if isinstance(line, HeldOutLine)],
         samples=[line for line in kept if isinstance(line, SampleLine)],
-        events=[line for line in kept if isinstance(line, EventLine)],
+        events=[line for line in lines if isinstance(line, EventLine)],
         void_steps=[line for line in void if isinstance(line, StepLine)],
         evaluations={
             path.name: evaluation
@@ -255,39 +263,25 @@ def read_run(folder: Path) -> Record:
     )
 
 
-def _ledger_lines(path: Path) -> Iterator[Line]:
-    """Yield the ledger's lines; the last may be half written while the run goes on and is then left out."""
-    raw = _bytes(path)
-    for number, text in enumerate(raw.split(b"\n")[:-1] if raw else (), start=1):
-        found = _parse(text, path, number)
-        event = found.get("event") if isinstance(found, dict) else None
-        if not isinstance(event, str):
-            raise CheckpointError("the ledger line has no event", fix=_FIX, file=path, line=number)
-        yield _validate(KINDS.get(event, EventLine), found, path, number)
+def _line(event: dict[str, Any], path: Path, line: int) -> Line:
+    kind = event.get("event")
+    if not isinstance(kind, str):
+        raise CheckpointError("this line of the ledger has no event", fix=_FIX, file=path, line=line)
+    return _validate(KINDS.get(kind, EventLine), event, path, line)
 
 
 _FIX = "restore the file from a copy, or give another run folder"
 
 
-def _bytes(path: Path) -> bytes | None:
+def _json(path: Path) -> Any:
     try:
-        return path.read_bytes()
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", fix=_FIX, file=path) from error
-
-
-def _parse(raw: bytes, path: Path, line: int | None = None) -> Any:
-    try:
-        return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", fix=_FIX, file=path, line=line) from error
-
-
-def _json(path: Path) -> Any:
-    raw = _bytes(path)
-    return None if raw is None else _parse(raw, path)
+        raise CheckpointError(f"not valid JSON: {error}", fix=_FIX, file=path) from error
 
 
 def _read(path: Path, kind: type[PartType]) -> PartType | None:

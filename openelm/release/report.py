@@ -15,10 +15,12 @@ from markupsafe import Markup
 
 from openelm.files import write_atomic
 from openelm.release import charts, units
-from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure
+from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure, notable
 from openelm.release.record import Corpus, Evaluation, Record, Score, read_run
 
-SAMPLES, SHARDS, DOCUMENTS, EVENT_ROWS = 12, 200, 100, 40
+SAMPLES, SHARDS, DOCUMENTS, EVENT_ROWS = 12, 200, 200, 40
+OPEN_DOCUMENTS = 8  # more than these are folded away
+RESAMPLED = {"stretches": "stretches of about 4 KiB"}
 SAMPLE_CHARACTERS = 2000
 
 
@@ -60,13 +62,15 @@ def render(record: Record) -> str:
         score=score,
         final=final,
         results=list(_results(final)) if final else [],
-        documents=list(_documents(score)) if score else [],
+        documents=list(_documents(score, final)) if final and score else [],
+        open_documents=OPEN_DOCUMENTS,
+        interval_over=_interval_over(score) if score else "",
         other_evaluations=_other_evaluations(record),
         learning=learning_figure(record, final.best_baseline if final else None),
         samples=units.spread(record.samples, SAMPLES),
         sample_characters=SAMPLE_CHARACTERS,
         health=health_figures(record),
-        events=[event for event in record.events if event.event in EVENTS],
+        events=notable(record.events),
         event_words=EVENTS,
         event_rows=EVENT_ROWS,
         layers=layers_figure(record.run.plan, record.run.uniform_plan) if record.run.plan else None,
@@ -101,19 +105,23 @@ def verdict(record: Record) -> str:
     score = record.final.bits_per_byte if record.final else None
     if record.final is not None and score is not None:
         said = f"On text it never saw, {model} needs {score.value:.3f} bits per byte"
-        if score.low is not None and score.high is not None:
-            over = f" over {score.interval_over}" if score.interval_over else ""
-            said += f" (interval{over}: {score.low:.3f} to {score.high:.3f})"
+        if score.interval is not None:
+            said += f" ({score.interval[0]:.3f} to {score.interval[1]:.3f}, {_interval_over(score)})"
         return said + _comparison(score, record.final) + "."
     if record.held_out:
         last = record.held_out[-1]
         return (
-            f"After {units.plural(last.step, 'step')}, {model} needs {last.bits_per_byte:.3f} bits per byte on held-out "
-            "text; there is no final evaluation yet."
+            f"After {units.plural(last.step, 'step')}, {model} needs {last.bits_per_byte:.3f} bits per byte on "
+            "held-out text; there is no final evaluation yet."
         )
     if record.steps:
         return f"After {units.plural(record.last_step, 'step')}, {model} has not been scored on held-out text yet."
     return "The run has started; no step is recorded yet."
+
+
+def _interval_over(score: Score) -> str:
+    over = RESAMPLED.get(score.interval_over, score.interval_over)
+    return f"95 % interval over {over}" if over else "95 % interval"
 
 
 def _comparison(score: Score, final: Evaluation) -> str:
@@ -121,7 +129,7 @@ def _comparison(score: Score, final: Evaluation) -> str:
     if best is None:
         return "; there is no baseline to compare it with"
     named = f"the best baseline, {best.name} ({best.bits_per_byte:.3f})"
-    low, high = (score.value if end is None else end for end in (score.low, score.high))
+    low, high = score.interval or (score.value, score.value)
     if low <= best.bits_per_byte <= high:
         return f"; the interval includes {named}, so neither is shown to be better"
     difference = units.percent(abs(1 - score.value / best.bits_per_byte), 2)
@@ -133,7 +141,7 @@ def _key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
     parameters, plan = record.run.parameters, record.run.plan
     tokens = record.steps[-1].tokens if record.steps else None
     if record.final is not None and (score := record.final.bits_per_byte) is not None:
-        perplexity = f"perplexity {units.significant(score.perplexity)} a token" if score.perplexity else ""
+        perplexity = f"perplexity {units.significant(score.perplexity, 3)}" if score.perplexity else ""
         yield "held-out bits per byte", f"{score.value:.3f}", perplexity
     elif record.held_out:
         last = record.held_out[-1]
@@ -146,15 +154,16 @@ def _key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
     timed = [(line, line.seconds) for line in record.steps if line.seconds]
     if not timed:
         return
-    total = sum(seconds for _, seconds in timed)
+    whole = [event.seconds for event in record.events if event.event == "finish" and event.seconds]
+    total = whole[-1] if whole else sum(seconds for _, seconds in timed)
     lost = sum(line.seconds or 0 for line in record.void_steps)
-    yield "training time", units.duration(total), f"and {units.duration(lost)} on steps done again" if lost else ""
+    yield "training time", units.duration(total), f"and {units.duration(lost)} repeated" if lost else ""
     rates = [(rate, seconds) for line, seconds in timed if (rate := line.tokens_per_second) is not None]
     if rates:
-        yield "tokens per second", units.significant(_mean(rates), 3), "mean over the training time"
+        yield "tokens per second", units.significant(_mean(rates), 3), "mean"
     shares = [(mfu, seconds) for line, seconds in timed if (mfu := line.mfu) is not None]
     if shares:
-        yield "MFU", units.percent(_mean(shares)), "share of the device's peak"
+        yield "MFU", units.percent(_mean(shares)), "of the device's peak"
 
 
 def _mean(weighted: list[tuple[float, float]]) -> float:
@@ -165,20 +174,27 @@ def _results(final: Evaluation) -> Iterator[dict[str, Any]]:
     """Yield the model and its baselines, the best first."""
     score = final.bits_per_byte
     assert score is not None
-    interval = (score.low, score.high) if score.low is not None and score.high is not None else None
-    rows = [("this model", score.value, "", interval, "train")]
+    rows = [("this model", score.value, "", score.interval, "train")]
     rows += [(one.name, one.bits_per_byte, one.note, None, "baseline") for one in final.baselines]
-    top = max(max(value, interval[1] if interval else value) for _, value, _, interval, _ in rows)
+    top = _longest_bar(final)
     for name, value, note, interval, style in sorted(rows, key=lambda row: row[1]):
         bar = charts.bar(value, top, style, interval)
         yield {"name": name, "value": value, "note": note, "interval": interval, "bar": bar, "style": style}
 
 
-def _documents(score: Score) -> Iterator[dict[str, Any]]:
-    """Yield the held-out documents, the easiest first."""
-    top = max((one.value for one in score.per_document), default=1.0)
+def _documents(score: Score, final: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield the held-out documents, the easiest first, on the scale of the results."""
+    top = _longest_bar(final)
     for one in sorted(score.per_document, key=lambda one: one.value):
-        yield {"name": one.name, "value": one.value, "bytes": one.bytes, "bar": charts.bar(one.value, top, "held-out")}
+        yield {"name": one.name, "value": one.value, "bytes": one.bytes, "bar": charts.bar(one.value, top, "train")}
+
+
+def _longest_bar(final: Evaluation) -> float:
+    """Return the largest number that the results show as a bar; they share one scale."""
+    score = final.bits_per_byte
+    assert score is not None
+    shown = [score.value, score.high or 0.0, *(one.value for one in score.per_document)]
+    return max(*shown, *(one.bits_per_byte for one in final.baselines)) or 1.0
 
 
 def _other_evaluations(record: Record) -> list[tuple[str, int | None, Score]]:
@@ -213,21 +229,23 @@ def _settings(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def commands(record: Record) -> list[str]:
-    """Return the commands that train the same model again and check it against this run."""
-    checkout = [f"git checkout {record.run.git_commit}"] if record.run.git_commit else []
-    return [*checkout, "python -m pip install .", "openelm train run.json", "openelm verify run.json"]
+    """Return the commands that train the same model again from `run.json`."""
+    commit = (record.run.git_commit or "").rstrip("+")
+    checkout = [f"git checkout {commit}"] if commit else []
+    return [*checkout, "python -m pip install .", "openelm train run.json --out again", "openelm report again"]
 
 
 def _fingerprints(record: Record) -> Iterator[tuple[str, str]]:
     run = record.run
     found = {
         "seed": None if run.seed is None else str(run.seed),
-        "code": run.git_commit,
+        "code": run.git_commit and run.git_commit.replace("+", ", with changes that were not committed"),
         "training text": run.data.sha256 if run.data else None,
         "held-out text": run.held_out.sha256 if run.held_out else None,
         "tokenizer": run.tokenizer.sha256 if run.tokenizer else None,
         "vocabulary": f"{run.tokenizer.vocab_size:,}" if run.tokenizer and run.tokenizer.vocab_size else None,
         **record.hashes,
+        "final weights": str(record.result.get("final_weights_sha256", "")),
     }
     yield from ((key, value) for key, value in found.items() if value)
 

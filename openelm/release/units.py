@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
+Item = TypeVar("Item")
 NARROW_SPACE = "\u202f"  # keeps a number and its unit on one line
 
 
@@ -57,7 +59,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def spread(items: Sequence[int], limit: int) -> list[int]:
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
     """Choose at most `limit` of the items, evenly, the first and the last among them."""
     if len(items) <= limit:
         return list(items)

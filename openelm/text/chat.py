@@ -61,9 +61,7 @@ def render(messages: Sequence[Message], *, generation_prompt: bool) -> str:
     return _END.join(_parts(messages, generation_prompt))
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = True
-) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
     """Encode a chat as BOS, then per message tag, newline, content, EOS, newline; then the assistant's tag.
 
     A "</s>" inside a message stays text. A tag inside one ("<|user|>") looks like a real tag to the model, as

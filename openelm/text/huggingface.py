@@ -48,9 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name, hf_class = "tokenizer.json", "PreTrainedTokenizerFast"
 
-    def __init__(
-        self, data: bytes, *, names: Mapping[str, Any] | None = None, file: Path | None = None
-    ) -> None:
+    def __init__(self, data: bytes, *, names: Mapping[str, Any] | None = None, file: Path | None = None) -> None:
         try:
             spec = json.loads(data)
             ids = _token_ids(spec)
@@ -115,9 +113,7 @@ def _token_ids(spec: dict[str, Any]) -> dict[str, int]:
     return ids
 
 
-def _control_name(
-    names: Mapping[str, Any], kind: str, ids: Mapping[str, int], control: Iterable[str]
-) -> str | None:
+def _control_name(names: Mapping[str, Any], kind: str, ids: Mapping[str, int], control: Iterable[str]) -> str | None:
     if kind not in names:
         usual = _BOS_NAMES if kind == "bos_token" else _EOS_NAMES
         return next((name for name in usual if name in control), None)

@@ -27,9 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name, hf_class = "tokenizer.model", "LlamaTokenizer"
 
     def __init__(self, data: bytes, *, file: Path | None = None) -> None:
-        damaged = refuse(
-            "not a whole SentencePiece model", fix="copy the file again, or train a tokenizer", file=file
-        )
+        damaged = refuse("not a whole SentencePiece model", fix="copy the file again, or train a tokenizer", file=file)
         # The library would load a file that was cut between two fields, and then give other ids.
         if not {_TRAINER_FIELD, _NORMALIZER_FIELD} <= _field_numbers(data):
             raise damaged

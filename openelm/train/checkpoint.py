@@ -36,6 +36,7 @@ class Checkpoint:
     """A verified checkpoint: weights and optimizer moments by name, and the rest of the state as plain data."""
 
     step: int
+    manifest_sha256: str
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
@@ -85,9 +86,9 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
         CheckpointError: it is damaged; names the file.
     """
     folder = checkpoint_folder(run, step)
-    verify_folder(folder)
+    digest = verify_folder(folder)
     state = json.loads((folder / STATE).read_bytes())
-    return Checkpoint(step, read_tensors(folder / WEIGHTS), read_tensors(folder / OPTIMIZER), state)
+    return Checkpoint(step, digest, read_tensors(folder / WEIGHTS), read_tensors(folder / OPTIMIZER), state)
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openelm.data.stream import Batch
 from openelm.errors import CheckpointError, NumericError, Stopped
-from openelm.files import make_folder
+from openelm.files import canonical_json, make_folder, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
 from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
@@ -47,6 +47,9 @@ class Batches(Protocol):
 
     def cursors(self) -> list[dict[str, Any]]:
         """Return the state after the last batch given."""
+
+    def counts(self) -> Mapping[str, Any]:
+        """Count the documents dropped so far: source -> reason -> documents."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class _Trainer:
     def train(self, open_batches: Callable[[list[dict[str, Any]] | None], Batches]) -> OpenELM:
         cursors = self._restore()
         if self.state.step >= self.config.steps:
+            if self.ledger.events[-1]["event"] != "finish":  # killed between the last checkpoint and the last line
+                self._finish({})
             return self.model
         batches = open_batches(cursors)
         clock = _Clock(self.state.seconds)
@@ -166,9 +171,13 @@ class _Trainer:
                     self._save(batches.cursors())
                 if stop_signals and not last:
                     self._stop(stop_signals[0])
-        self.record({"event": "finish", "step": self.state.step, "seconds": self.state.seconds})
-        self.ledger.sync()
+        self._finish(batches.counts())
         return self.model
+
+    def _finish(self, dropped: Mapping[str, Any]) -> None:
+        seconds = round(self.state.seconds, 3)
+        self.record({"event": "finish", "step": self.state.step, "seconds": seconds, "dropped": dropped})
+        self.ledger.sync()
 
     def _stop(self, name: str) -> None:
         self.record({"event": "stop", "step": self.state.step, "reason": name})
@@ -200,14 +209,16 @@ class _Trainer:
         self.model.load_state_dict(checkpoint.weights)
         restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
         self.state = State.from_json(checkpoint.step, checkpoint.state)
-        if self.ledger.events[-1]["event"] != "finish":
+        if self.state.step < self.config.steps:
             self.record({"event": "rewind", "step": recorded, "to": checkpoint.step})
-            self.record({"event": "resume", "step": checkpoint.step, **self._surroundings()})
+            digest = {"manifest_sha256": checkpoint.manifest_sha256}
+            self.record({"event": "resume", "step": checkpoint.step, **digest, **self._surroundings()})
         cursors: list[dict[str, Any]] = checkpoint.state["cursors"]
         return cursors
 
     def _surroundings(self) -> dict[str, Any]:
         return {
+            "config_sha256": sha256_bytes(canonical_json(self.run.config.model_dump(mode="json"))),
             "parameters": self.run.model_config.parameters,
             "matmul_flops_per_second": self.matmul_flops,
             "data_sha256": self.run.manifest.sha256,

@@ -142,7 +142,6 @@ class TensorBoard:
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take one ledger event."""
         if event["event"] in ("start", "resume"):
-            self.close()
             from tensorboardX.writer import SummaryWriter  # its import takes a third of a second
 
             self._writer = SummaryWriter(str(self._folder), purge_step=event["step"] + 1)

@@ -88,7 +88,7 @@ class EvaluationConfig(Config):
     every: Positive = 500
     """Steps between measurements; the last step is always measured."""
     max_bytes: Positive = 65_536
-    """Held-out text read each time; the final evaluation reads all of it."""
+    """Held-out text read each time, the beginnings of its documents."""
     prompts: tuple[str, ...] = ()
     """Beginnings that the model continues each time, to be read by people."""
     sample_tokens: Positive = 80
@@ -148,9 +148,9 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    manifest = build_manifest(config.data.sources)
+    manifest = build_manifest(config.data.sources, on_bad_row=config.data.on_bad_row)
     held_out = build_manifest(config.held_out) if config.held_out else None
-    tokenizer = _open_tokenizer(folder / "tokenizer", config.tokenizer, manifest)
+    tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
     precision = config.train.precision
     if precision == "auto":
@@ -171,14 +171,14 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     return run
 
 
-def _open_tokenizer(folder: Path, choice: TokenizerChoice, manifest: Manifest) -> Tokenizer:
+def _open_tokenizer(folder: Path, config: RunConfig, manifest: Manifest) -> Tokenizer:
     if folder.is_dir():
         return load_tokenizer(folder)
-    if choice.path is not None:
-        tokenizer = load_tokenizer(Path(choice.path))
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(Path(config.tokenizer.path))
     else:
-        texts = (document.text for document in read_documents(manifest))
-        tokenizer = train_tokenizer(texts, choice.vocab_size)
+        documents = read_documents(manifest, on_bad_row=config.data.on_bad_row)
+        tokenizer = train_tokenizer((document.text for document in documents), config.tokenizer.vocab_size)
     with publish_folder(folder) as temporary:
         tokenizer.save(temporary)
     return load_tokenizer(folder)
@@ -265,9 +265,10 @@ def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: 
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
+    found = list(_differences(_comparable(stored), _comparable(json.loads(data))))
     changes = [
         change
-        for change in _differences(_comparable(stored), _comparable(json.loads(data)))
+        for change in found
         if not any(change[0] == name or change[0].startswith(f"{name}.") for name in allow_change)
     ]
     if changes:
@@ -277,6 +278,8 @@ def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: 
             file=path,
             fix=f"choose another --out, or allow it with --allow-change {changes[0][0]}",
         )
+    if found:
+        write_atomic(path, data)
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:

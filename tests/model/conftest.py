@@ -1,0 +1,75 @@
+"""Small models with different heads and widths in every layer, and random weights everywhere, norms included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from openelm.model.config import ModelConfig
+from openelm.model.transformer import OpenELM
+
+MakeModel = Callable[..., OpenELM]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to share: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def odd_config() -> ModelConfig:
+    """Three layers that share no width; grouped, single and full-count KV heads."""
+    return ModelConfig.parse(
+        {
+            "vocab_size": 31,
+            "max_context_length": 64,
+            "rope_max_length": 4096,
+            "num_transformer_layers": 3,
+            "model_dim": 20,
+            "head_dim": 6,
+            "num_query_heads": [2, 6, 3],
+            "num_kv_heads": [1, 2, 3],
+            "ffn_multipliers": [0.35, 1.4, 2.1],
+            "ffn_dim_divisor": 7,
+        }
+    )
+
+
+def randomise(model: OpenELM, seed: int = 0) -> OpenELM:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.3, 1.7, generator=generator)
+            else:
+                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+@pytest.fixture
+def make_model(odd_config: ModelConfig) -> MakeModel:
+    """Return a maker of odd models: `make_model(dtype, seed=…)`."""
+
+    def make(dtype: torch.dtype = torch.float32, *, seed: int = 0, config: Any = None) -> OpenELM:
+        return randomise(OpenELM(config or odd_config), seed).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> OpenELM:
+    """The odd model in float64."""
+    return make_model(torch.float64)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three rows of 13 tokens."""
+    return torch.randint(31, (3, 13), generator=torch.Generator().manual_seed(1))
