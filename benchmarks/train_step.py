@@ -24,21 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Case:
-    """A model by the published rule, and the batch of one step."""
+    """A size of `openelm.model.sizes` with its vocabulary, and the batch of one step."""
 
-    dim: int
-    layers: int
-    head_dim: int
+    size: str
     vocab_size: int
     rows: int
     length: int
 
 
 CASES = {
-    "tiny": Case(512, 8, 64, 32_128, 8, 512),
-    "small5m": Case(256, 6, 64, 8_192, 16, 256),
-    "demo": Case(256, 6, 64, 4_096, 16, 256),
-    "270m": Case(1280, 16, 64, 32_128, 1, 512),
+    "tiny": Case("tiny", 32_128, 8, 512),
+    "small5m": Case("5m", 8_192, 16, 256),
+    "demo": Case("5m", 4_096, 16, 256),
+    "270m": Case("270m", 32_128, 1, 512),
 }
 
 
@@ -155,15 +153,9 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def model_config(case: Case) -> Any:
-    from openelm.model.config import ModelConfig
+    from openelm.model.sizes import model_size
 
-    return ModelConfig(
-        model_dim=case.dim,
-        head_dim=case.head_dim,
-        num_transformer_layers=case.layers,
-        vocab_size=case.vocab_size,
-        max_context_length=max(case.length, 2048),
-    )
+    return model_size(case.size, vocab_size=case.vocab_size)
 
 
 def fresh_model(case: Case) -> Any:
@@ -178,7 +170,7 @@ def fresh_model(case: Case) -> Any:
 
 
 def batch(case: Case) -> Any:
-    """Return inputs and targets (rows, length); one target in eight is ignored."""
+    """Return inputs and targets (rows, length)."""
     import torch
 
     generator = torch.Generator().manual_seed(1)

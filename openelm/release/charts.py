@@ -67,7 +67,8 @@ def log_scale(low: float, high: float, ticks: int = 6) -> Scale:
         [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
         for steps in LOG_STEPS
     ]
-    chosen = max((choice for choice in choices if len(choice) <= ticks + 1), key=len)
+    decades = choices[0][:: -(-len(choices[0]) // ticks)] if choices[0] else []
+    chosen = max((choice for choice in (decades, *choices) if len(choice) <= ticks + 1), key=len)
     if len(chosen) < 3:  # less than a decade: equal steps read better
         chosen = [tick for tick in linear_scale(low, high, ticks).ticks if low <= tick <= high]
     return Scale(low, high, tuple(round(tick, 12) for tick in chosen), log=True)

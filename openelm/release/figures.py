@@ -59,15 +59,13 @@ def learning_figure(record: Record, baseline: Baseline | None) -> Figure | None:
     scored = [(float(line.step), line.bits_per_byte) for line in record.steps]
     raw, left_out = _drawable(scored, above=0)
     window = len(raw) // 80 * 2 + 1  # odd: as many steps before as after
-    smooth = smoothed(record.steps, window)
+    smooth = smoothed(record.steps, window) if window > 1 else []
     held_out, _ = _drawable([(float(line.step), line.bits_per_byte) for line in record.held_out], above=0)
     series = [
-        Series("training (each step)", "raw", charts.thin(raw, CURVE_POINTS)),
+        Series("training (each step)", "raw" if window > 1 else "train", charts.thin(raw, CURVE_POINTS)),
         Series(f"training (mean of {window} steps)", "train", charts.thin(smooth, CURVE_POINTS)),
         Series("held-out text", "held-out", charts.thin(held_out, CURVE_POINTS), dots=True),
     ]
-    if window == 1:
-        series.pop(1)
     values = [py for one in series for _, py in one.points]
     if not values:
         return None
@@ -179,7 +177,12 @@ def _figure(
     series = [one for one in series if one.points]
     x = step_axis(record)
     header = ("step", *(one.name for one in series))
-    note = f"{left_out:,} values that are not finite and above zero are not drawn." if left_out else ""
+    said = (
+        "value that is not finite and above zero is"
+        if left_out == 1
+        else "values that are not finite and above zero are"
+    )
+    note = f"{left_out:,} {said} not drawn." if left_out else ""
     drawn = ((one.name, f"{px:.0f}", repr(py)) for one in series for px, py in one.points)
     return Figure(
         slug=slug,

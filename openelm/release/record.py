@@ -15,6 +15,7 @@ from openelm.files import sha256_file
 from openelm.train.ledger import number, read_ledger, valid_events
 
 Number = Annotated[float, pydantic.BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)]
+Finite = Annotated[Number, pydantic.AllowInfNan(False)]
 
 
 class Part(pydantic.BaseModel):
@@ -91,20 +92,20 @@ class DocumentScore(Part):
     """The score of one held-out document."""
 
     name: str
-    value: Number = pydantic.Field(validation_alias=pydantic.AliasChoices("value", "bits_per_byte"))
+    value: Finite = pydantic.Field(validation_alias=pydantic.AliasChoices("value", "bits_per_byte"))
     bytes: int = 0
 
 
 class Score(Part):
     """Held-out bits per byte, and its 95 % bootstrap interval where there is enough text for one."""
 
-    value: Number
-    low: Number | None = None
-    high: Number | None = None
+    value: Finite
+    low: Finite | None = None
+    high: Finite | None = None
     documents: int | None = None
     bytes: int | None = None
     tokens: int | None = None
-    perplexity: Number | None = None
+    perplexity: Finite | None = None
     interval_over: str = ""
     per_document: tuple[DocumentScore, ...] = ()
 
@@ -118,7 +119,7 @@ class Baseline(Part):
     """What another way of predicting the same bytes needs."""
 
     name: str
-    bits_per_byte: Number
+    bits_per_byte: Finite
     note: str = ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -34,7 +35,7 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
         DiskError: the page cannot be written.
     """
     path = out or run / "report.html"
-    write_atomic(path, render(read_run(run)).encode())
+    write_atomic(path, render(read_run(run)).encode(errors="replace"))  # a sample may hold half a character
     return path
 
 
@@ -107,6 +108,8 @@ def verdict(record: Record) -> str:
         said = f"On text it never saw, {model} needs {score.value:.3f} bits per byte"
         if score.interval is not None:
             said += f" ({score.interval[0]:.3f} to {score.interval[1]:.3f}, {_interval_over(score)})"
+        else:
+            said += " (no interval)"
         return said + _comparison(score, record.final) + "."
     if record.held_out:
         last = record.held_out[-1]
@@ -230,8 +233,8 @@ def _settings(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def commands(record: Record) -> list[str]:
     """Return the commands that train the same model again from `run.json`."""
-    commit = (record.run.git_commit or "").rstrip("+")
-    checkout = [f"git checkout {commit}"] if commit else []
+    commit = re.fullmatch(r"([0-9a-f]{7,64})\+?", record.run.git_commit or "")  # people paste these lines
+    checkout = [f"git checkout {commit[1]}"] if commit else []
     return [*checkout, "python -m pip install .", "openelm train run.json --out again", "openelm report again"]
 
 

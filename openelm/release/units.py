@@ -67,4 +67,4 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:#.3g}".rstrip(".")

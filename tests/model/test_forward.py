@@ -116,22 +116,26 @@ def test_fp32_is_the_oracle_to_rounding(make_model: MakeModel, tokens: Tensor) -
         assert farthest(model(tokens), expected) <= 1e-5 * float(expected.abs().max())
 
 
-def test_bf16_runs_and_is_the_oracle_to_about_two_digits(make_model: MakeModel, tokens: Tensor) -> None:
-    model = make_model(torch.bfloat16)
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_is_as_near_the_oracle_as_the_plain_formula_in_bf16(
+    make_model: MakeModel, tokens: Tensor, seed: int
+) -> None:
+    model = make_model(torch.bfloat16, seed=seed)
     with torch.no_grad():
         expected, found = oracle_of(model, tokens), model(tokens)
-    assert found.dtype == torch.bfloat16
-    assert relative(found, expected) <= 0.02
+        plain = torch.stack(
+            [oracle(model.state_dict(), model.config.num_query_heads, model.config.num_kv_heads, row) for row in tokens]
+        )
+    assert found.dtype == plain.dtype == torch.bfloat16
+    assert relative(found, expected) <= 1.1 * relative(plain, expected) <= 0.06
 
 
-def test_autocast_keeps_the_residual_stream_wide(make_model: MakeModel, tokens: Tensor) -> None:
+def test_autocast_keeps_the_residual_stream_wide_and_the_error_smaller(make_model: MakeModel, tokens: Tensor) -> None:
     model = make_model()
-    expected = oracle_of(model, tokens)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        hidden = model.hidden(tokens)
-        found = model(tokens)
+        hidden, found = model.hidden(tokens), model(tokens)
     assert hidden.dtype == torch.float32
-    assert relative(found, expected) <= 0.02
+    assert relative(found, oracle_of(model, tokens)) <= 0.03
 
 
 def test_packed_rows_are_the_oracle(model: OpenELM, tokens: Tensor) -> None:

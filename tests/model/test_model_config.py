@@ -10,7 +10,7 @@ import pytest
 
 from openelm.errors import CheckpointError, ConfigError, OpenELMError
 from openelm.model.config import ModelConfig
-from openelm.model.plan import LayerPlan, openelm_plan, uniform_plan
+from openelm.model.plan import LayerPlan, matched_openelm_plan, openelm_plan, uniform_plan
 from openelm.model.sizes import ModelChoice, model_size
 
 BASE: dict[str, Any] = {
@@ -215,10 +215,9 @@ def test_a_choice_meets_its_budget(rule: str) -> None:
     assert choice.config(99).plan.non_embedding_parameters == pytest.approx(2_000_000, rel=0.02)
 
 
-def test_a_budget_keeps_the_divisor_of_the_named_size() -> None:
-    config = ModelChoice(size="5m", parameters=5_000_000).config(99)
-    assert all(width % 64 == 0 for width in config.plan.ffn_dims)
-    assert config.plan.non_embedding_parameters == pytest.approx(5_000_000, rel=0.02)
+def test_a_budget_keeps_the_widths_of_the_named_size() -> None:
+    found = ModelChoice(size="5m", parameters=5_100_000).config(99).plan
+    assert found == matched_openelm_plan(256, 64, 6, 5_100_000, ffn_dim_divisor=64)
 
 
 def test_a_budget_keeps_the_chosen_attention() -> None:

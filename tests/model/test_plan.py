@@ -42,7 +42,15 @@ def test_rounding_is_the_exact_rule() -> None:
 
 @pytest.mark.parametrize(
     ("value", "divisor", "rounded"),
-    [(1, 256, 256), (383, 256, 512), (384, 256, 512), (284, 256, 256), (285, 256, 512), (128, 256, 256), (640, 256, 768)],
+    [
+        (1, 256, 256),
+        (383, 256, 512),
+        (384, 256, 512),
+        (284, 256, 256),
+        (285, 256, 512),
+        (128, 256, 256),
+        (640, 256, 768),
+    ],
 )
 def test_rounding_by_hand(value: float, divisor: int, rounded: int) -> None:
     assert round_to_multiple(value, divisor) == rounded

@@ -1,0 +1,165 @@
+"""Opening a run folder: the same settings or a refusal that lists them; run.json starts the same run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openelm.errors import CheckpointError, ConfigError, OpenELMError
+from openelm.train.ledger import read_ledger
+from openelm.train.run import RunConfig
+
+
+def run_file(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "run.json").read_bytes())
+    return values
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("train.seed=1", "train.seed"),
+        ("schedule.peak=0.02", "schedule.peak"),
+        ("train.rows=2", "train.rows"),
+        ("model.layers=3", "model.layers"),
+        ("data.min_tokens=2", "data.min_tokens"),
+        ("optimizer.beta2=0.9", "optimizer.beta2"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name_with_both_values(
+    bench: Any, tmp_path: Path, override: str, name: str
+) -> None:
+    bench.open(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        bench.open(tmp_path, override)
+    assert caught.value.exit_code == 2
+    assert f"{name}: " in str(caught.value)
+    assert override.partition("=")[2] in str(caught.value)
+    assert "--allow-change" in str(caught.value)
+
+
+def test_two_changed_settings_are_both_listed(bench: Any, tmp_path: Path) -> None:
+    bench.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"schedule\.peak.*train\.seed"):
+        bench.open(tmp_path, "train.seed=1", "schedule.peak=0.5")
+
+
+def test_only_what_is_allowed_may_change(bench: Any, tmp_path: Path) -> None:
+    bench.open(tmp_path)
+    bench.open(tmp_path, "schedule.peak=0.5", allow_change=["schedule"])
+    with pytest.raises(ConfigError, match=r"train\.seed"):
+        bench.open(tmp_path, "train.seed=1", "schedule.peak=0.5", allow_change=["schedule.peak", "train.se"])
+
+
+def test_an_allowed_change_is_recorded(bench: Any, tmp_path: Path) -> None:
+    """A reader of the run folder must learn of it: run.json or the ledger names the setting and its new value."""
+    bench.train_until(tmp_path, 5)
+    bench.train(tmp_path, "schedule.peak=0.0123", allow_change=["schedule.peak"])
+    record = (tmp_path / "run.json").read_text() + (tmp_path / "ledger.jsonl").read_text()
+    assert "0.0123" in record
+
+
+def test_changed_text_is_refused_and_named(bench: Any, tmp_path: Path, corpus: Path) -> None:
+    text = tmp_path / "own.jsonl"
+    text.write_bytes(corpus.read_bytes())
+    source = f'data.sources=[{{name="tiny", paths=["{text}"]}}]'
+    bench.train_until(tmp_path / "run", 5, source)
+    text.write_bytes(corpus.read_bytes().replace(b"The old", b"The new", 1))
+    with pytest.raises(OpenELMError) as caught:
+        bench.train(tmp_path / "run", source)
+    assert caught.value.exit_code in (2, 3)
+    assert "data_sha256" in str(caught.value) or caught.value.code == "E_CHANGED"
+
+
+def test_text_that_moved_but_is_the_same_is_not_a_change_of_text(bench: Any, tmp_path: Path, corpus: Path) -> None:
+    bench.open(tmp_path / "run")
+    moved = tmp_path / corpus.name
+    moved.write_bytes(corpus.read_bytes())
+    source = f'data.sources=[{{name="tiny", paths=["{moved}"]}}]'
+    with pytest.raises(ConfigError) as caught:
+        bench.open(tmp_path / "run", source)
+    assert "data_sha256" not in str(caught.value)
+    bench.open(tmp_path / "run", source, allow_change=["data.sources"])
+
+
+def test_the_tokenizer_is_trained_once_and_used_again(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bench.open(tmp_path)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("openelm.train.run.train_tokenizer", refuse)
+    assert bench.open(tmp_path).tokenizer.sha256 == first.tokenizer.sha256
+
+
+def test_an_existing_tokenizer_can_be_named(bench: Any, tmp_path: Path) -> None:
+    first = bench.open(tmp_path / "first")
+    second = bench.open(tmp_path / "second", f'tokenizer.path="{tmp_path / "first" / "tokenizer"}"')
+    assert second.tokenizer.sha256 == first.tokenizer.sha256
+
+
+def test_another_tokenizer_in_the_folder_is_refused(bench: Any, tmp_path: Path) -> None:
+    bench.open(tmp_path / "run")
+    bench.open(tmp_path / "other", "tokenizer.vocab_size=290")
+    (tmp_path / "run" / "tokenizer").rename(tmp_path / "old")
+    (tmp_path / "other" / "tokenizer").rename(tmp_path / "run" / "tokenizer")
+    with pytest.raises(ConfigError, match="tokenizer_sha256"):
+        bench.open(tmp_path / "run")
+
+
+def test_run_json_starts_the_same_run_again(bench: Any, undisturbed: Path, tmp_path: Path) -> None:
+    config = RunConfig.parse(run_file(undisturbed)["config"])
+    bench.train(tmp_path, *(f"{key}={json.dumps(value)}" for key, value in _leaves(config.model_dump(mode="json"))))
+    assert bench.fingerprint(tmp_path) == bench.fingerprint(undisturbed)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | str | bool):
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def test_run_json_is_the_same_config_after_a_round_trip(bench: Any, undisturbed: Path) -> None:
+    assert RunConfig.parse(run_file(undisturbed)["config"]) == bench.config()
+
+
+def test_run_json_says_what_the_numbers_depend_on(undisturbed: Path) -> None:
+    values = run_file(undisturbed)
+    assert values["environment"].keys() >= {"openelm", "torch", "python", "device", "precision", "cpu_capability"}
+    (source,) = values["data"]["sources"]
+    assert len(source["shards"][0]["sha256"]) == len(values["data"]["sha256"]) == 64
+    assert values["seed"] == 0
+    assert values["parameters"] > 0
+    start = read_ledger(undisturbed / "ledger.jsonl")[0]
+    assert (start["data_sha256"], start["tokenizer_sha256"]) == (
+        values["data"]["sha256"],
+        values["tokenizer"]["sha256"],
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"config": 3}'])
+def test_a_damaged_run_file_is_one_error(bench: Any, tmp_path: Path, data: bytes) -> None:
+    bench.open(tmp_path)
+    (tmp_path / "run.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match="run.json"):
+        bench.open(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, 10**30])
+def test_a_seed_no_generator_takes_is_a_config_error(bench: Any, tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        bench.train(tmp_path, f"train.seed={seed}", "train.steps=1")
+
+
+def test_rows_longer_than_the_context_are_refused(bench: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.length 64 .* model\.context 32"):
+        bench.config("train.length=64")
