@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from openelm.errors import ConfigError
 
@@ -18,6 +18,19 @@ class Config(BaseModel):
     """Base of everything a recipe can set: frozen, no unknown keys, no silent conversion from text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _keep_kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse text or truth values for numbers, and anything but truth values for truth values."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        wrong = (bool,) if str in kinds else (bool, str)
+        if kinds & {int, float} and bool not in kinds and isinstance(value, wrong):
+            raise ValueError("a number is expected")
+        if bool in kinds and not isinstance(value, bool | None):
+            raise ValueError("true or false is expected")
+        return value
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, file: str | Path | None = None) -> Self:
@@ -81,7 +94,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError("the recipe is not UTF-8 text", file=path, offset=error.start) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"the recipe is not valid TOML: {error}", file=path) from None
 
 
@@ -92,9 +105,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"override {text!r} is not of the form path=value", fix="for example train.steps=200")
     try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {value}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return keys, value
+    return keys, parsed["value"] if len(parsed) == 1 else value
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

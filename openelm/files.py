@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,11 @@ def _swap(temporary: Path, target: Path) -> None:
         return
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     os.rename(target, old)
-    os.rename(temporary, target)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -176,7 +180,7 @@ def write_manifest(folder: Path) -> str:
     return sha256_bytes(data)
 
 
-def verify_folder(folder: Path) -> str:
+def verify_folder(folder: Path, *, names: Iterable[str] = ()) -> str:
     """Check every file against the folder's manifest; returns the manifest's SHA-256.
 
     Raises:
@@ -185,12 +189,17 @@ def verify_folder(folder: Path) -> str:
     manifest = folder / MANIFEST
     try:
         data = manifest.read_bytes()
-        files = json.loads(data)["files"]
+        content = json.loads(data)
+        if canonical_json(content) != data:  # a name given twice, or a flipped bit that JSON does not mind
+            raise ValueError
+        files = content["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(
             "the manifest is missing or unreadable", file=manifest, fix="this folder was not published whole"
         ) from None
+    if missing := [name for name in names if name not in expected]:
+        raise CheckpointError(f"the manifest does not list {missing[0]}", file=manifest)
     for name, (size, digest) in expected.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():

@@ -20,6 +20,7 @@ from openelm.files import folder_lock, make_folder
 from openelm.generate.engine import generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.config import ModelConfig
+from openelm.model.device import reuse_freed_memory
 from openelm.model.folder import save_model
 from openelm.model.transformer import OpenELM
 from openelm.release.card import model_card
@@ -87,6 +88,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def train_run(run: Run, console: Console) -> OpenELM:
     """Train an opened run with its probes, showing its progress."""
+    reuse_freed_memory()
     settings = run.config.train
     tensorboard = TensorBoard(run.folder / "tensorboard")
     streams: list[BatchStream] = []

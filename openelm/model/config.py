@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from openelm.config import Config
-from openelm.errors import CheckpointError
+from openelm.errors import CheckpointError, ConfigError
 from openelm.model.plan import LayerPlan, multipliers, openelm_plan, round_to_multiple
 
 # Bounds keep a hostile config.json from asking for absurd amounts of memory before its weights are checked.
@@ -68,13 +68,14 @@ class ModelConfig(Config):
             ffn = tuple(values.get("ffn_multipliers", (0.5, 4.0)))
             if not (1 <= layers <= 512 and dim > 0 and head_dim > 0 and groups > 0):
                 return values
+            spread = multipliers(ffn[0], ffn[1], layers) if len(ffn) == 2 and layers != 2 else None
             rule = openelm_plan(dim, head_dim, layers, qkv_multipliers=ends, gqa_groups=groups)
         except (KeyError, TypeError, ValueError, OverflowError):
             return values  # the field validators say what is wrong
-        values["num_query_heads"] = tuple(values.get("num_query_heads") or rule.query_heads)
-        values["num_kv_heads"] = tuple(values.get("num_kv_heads") or rule.kv_heads)
-        if len(ffn) == 2 and layers != 2:
-            values["ffn_multipliers"] = multipliers(ffn[0], ffn[1], layers)
+        values["num_query_heads"] = values.get("num_query_heads") or rule.query_heads
+        values["num_kv_heads"] = values.get("num_kv_heads") or rule.kv_heads
+        if spread is not None:
+            values["ffn_multipliers"] = spread
         return values
 
     @model_validator(mode="after")
@@ -85,6 +86,9 @@ class ModelConfig(Config):
         for layer, (query, kv) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
             if query % kv:
                 raise ValueError(f"layer {layer}: {query} query heads are not a multiple of {kv} KV heads")
+        for name in ("bos_token_id", "eos_token_id"):
+            if not -1 < (getattr(self, name) or 0) < self.vocab_size:
+                raise ValueError(f"{name} {getattr(self, name)} is not in a vocabulary of {self.vocab_size}")
         return self
 
     @property
@@ -142,4 +146,7 @@ class ModelConfig(Config):
                 file=path,
                 fix="only OpenELM folders can be read",
             )
-        return cls.parse({key: value for key, value in values.items() if key in cls.model_fields}, file=path)
+        try:
+            return cls.parse({key: value for key, value in values.items() if key in cls.model_fields}, file=path)
+        except ConfigError as error:
+            raise CheckpointError(error.what, file=path) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from openelm.errors import CheckpointError
@@ -20,6 +20,7 @@ from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
+_METADATA = {"format": "pt"}  # transformers asks for it
 _HEADER_BYTES_MAX = 16 << 20
 
 
@@ -33,17 +34,27 @@ def save_model(
         DiskError: it cannot be written; nothing is left under its name.
     """
     config = model.config
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     with publish_folder(folder, replace=replace) as temporary:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(temporary / WEIGHTS, model.state_dict())
         write_json(temporary / "config.json", {**config.model_dump(mode="json"), "torch_dtype": dtype})
         write_json(temporary / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save(temporary)
         if card:
             write_atomic(temporary / "README.md", card.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    It is laid out in memory first: the library's own file writer hides why the disk refused.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _METADATA))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -64,12 +75,12 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
         raise CheckpointError(
             "no such model folder", file=folder, fix="give a folder with config.json and model.safetensors"
         )
+    if (folder / MANIFEST).exists():
+        verify_folder(folder, names=("config.json", WEIGHTS))
     config = ModelConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         model = OpenELM(config)
     check_header(folder / WEIGHTS, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    if (folder / MANIFEST).exists():
-        verify_folder(folder)
     weights = read_tensors(folder / WEIGHTS)
     model.load_state_dict(weights, assign=True)
     return model.to(device=device, dtype=dtype).requires_grad_(True)
@@ -99,12 +110,14 @@ def check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
             if size > _HEADER_BYTES_MAX:
                 raise ValueError
             header = json.loads(file.read(size))
+        dtypes = {str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
         found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except OSError as error:
         raise CheckpointError(f"cannot read the weights: {error.strerror}", file=path) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise CheckpointError("damaged, or not a safetensors file", file=path, offset=0) from None
     problems = [
+        *(f"dtype {dtype} cannot be computed with" for dtype in sorted(dtypes - {"F16", "BF16", "F32", "F64"})),
         *(f"missing {name}" for name in sorted(expected.keys() - found.keys())),
         *(f"unexpected {name}" for name in sorted(found.keys() - expected.keys())),
         *(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def round_to_multiple(value: float, divisor: int) -> int:
@@ -149,17 +150,17 @@ def nearest_plan(plan_at: Callable[[int], LayerPlan], parameters: int, *, larges
     return min(candidates, key=lambda plan: abs(plan.non_embedding_parameters - parameters))
 
 
-def matched_openelm_plan(dim: int, head_dim: int, layers: int, parameters: int, **rule: int) -> LayerPlan:
+def matched_openelm_plan(dim: int, head_dim: int, layers: int, parameters: int, **rule: Any) -> LayerPlan:
     """Apply the published rule with its feed-forward multipliers scaled to meet a parameter budget.
 
     Args:
         parameters: the budget, without embeddings.
-        rule: `gqa_groups` and `ffn_dim_divisor` of `openelm_plan`.
+        rule: `qkv_multipliers`, `gqa_groups` and `ffn_dim_divisor` of `openelm_plan`.
     """
 
     def plan_at(percent: int) -> LayerPlan:
         ends = (0.5 * percent / 100, 4.0 * percent / 100)
-        return openelm_plan(dim, head_dim, layers, ffn_multipliers=ends, **rule)  # type: ignore[arg-type]
+        return openelm_plan(dim, head_dim, layers, ffn_multipliers=ends, **rule)
 
     return nearest_plan(plan_at, parameters, largest=1600)
 

@@ -22,7 +22,7 @@ class RotaryTable:
         """Return cosines and sines, each of shape (length, head_dim / 2), for `length` positions from `start`."""
         table = self._tables.get(device)
         if table is None or table[0].shape[0] < start + length:
-            table = self._tables[device] = self._compute(max(start + length, 2048), device)
+            table = self._tables[device] = self._compute(1 << max(11, (start + length - 1).bit_length()), device)
         return table[0][start : start + length], table[1][start : start + length]
 
     def _compute(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -104,17 +104,23 @@ class ModelChoice(Config):
                     **fields,
                 }
             )
-        plan = self._fitted(config.plan)
+        plan = self._fitted(config)
         return config if plan == config.plan else ModelConfig.from_plan(plan, **fields)
 
-    def _fitted(self, plan: LayerPlan) -> LayerPlan:
+    def _fitted(self, config: ModelConfig) -> LayerPlan:
+        plan = config.plan
         if self.parameters is not None:
             plan = matched_openelm_plan(
                 plan.dim,
                 plan.head_dim,
                 plan.layers,
                 self.parameters,
-                gqa_groups=self.gqa_groups,
-                ffn_dim_divisor=self.ffn_dim_divisor,
+                qkv_multipliers=config.qkv_multipliers,
+                gqa_groups=config.num_gqa_groups,
+                ffn_dim_divisor=config.ffn_dim_divisor,
             )
+            if abs((found := plan.non_embedding_parameters) - self.parameters) > 0.1 * self.parameters:
+                raise ConfigError(
+                    f"{self.parameters:,} parameters cannot be met; nearest: {found:,}", fix="change layers or dim"
+                )
         return plan if self.rule == "openelm" else matched_uniform_plan(plan)

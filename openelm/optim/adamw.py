@@ -49,10 +49,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         CheckpointError: a tensor is of no parameter of the model, or of another shape.
     """
     parameters = dict(model.named_parameters())
+    learned = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    expected = {f"{name}/{key}" for name in learned for key in ("step", "exp_avg", "exp_avg_sq")} if tensors else set()
+    if missing := sorted(expected - tensors.keys()):
+        raise CheckpointError(f"the optimizer's tensor {missing[0]!r} is missing, and {len(missing) - 1} more")
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
+        if parameter is None or tensor.shape != (() if key == "step" else parameter.shape):
             raise CheckpointError(f"the optimizer's tensor {path!r} does not fit this model")
         # Moments live beside their parameter; `step` is a scalar that the fused kernel wants there too.
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)

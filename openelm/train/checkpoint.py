@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
 from openelm.files import publish_folder, remove_folder, remove_leftovers, verify_folder, write_atomic
-from openelm.model.folder import WEIGHTS, read_tensors
+from openelm.model.folder import WEIGHTS, read_tensors, write_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -67,14 +66,8 @@ def save_checkpoint(
     """
     folder = checkpoint_folder(run, step)
     with publish_folder(folder, replace=True) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            temporary / WEIGHTS,
-        )
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()},
-            temporary / OPTIMIZER,
-        )
+        write_tensors(temporary / WEIGHTS, weights)
+        write_tensors(temporary / OPTIMIZER, optimizer)
         write_atomic(temporary / STATE, json.dumps({**state, "step": step}, allow_nan=False).encode())
     return verify_folder(folder)
 
