@@ -70,7 +70,8 @@ def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dic
         )
     size_bytes = (split / "train.jsonl").stat().st_size
     vocab_size = next(size for size, least in ((4096, 1_000_000), (1024, 200_000), (512, 0)) if size_bytes >= least)
-    prompt = json.loads((split / "held-out.jsonl").open().readline())["text"][:40]
+    with (split / "held-out.jsonl").open(encoding="utf-8") as file:
+        prompt = json.loads(file.readline())["text"][:40]
     return {
         "tokenizer": {"vocab_size": vocab_size},
         "data": {**values["data"], "sources": [{"name": "your text", "paths": [str(split / "train.jsonl")]}]},
