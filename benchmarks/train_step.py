@@ -24,19 +24,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Case:
-    """A size of `openelm.model.sizes` with its vocabulary, and the batch of one step."""
+    """A size of `openelm.model.sizes`, fields that replace its own, and the batch of one step."""
 
     size: str
-    vocab_size: int
     rows: int
     length: int
+    fields: dict[str, int]
 
 
+DEMO = {"model_dim": 160, "head_dim": 16, "num_gqa_groups": 2, "ffn_dim_divisor": 32, "vocab_size": 4_096}
 CASES = {
-    "tiny": Case("tiny", 32_128, 8, 512),
-    "small5m": Case("5m", 8_192, 16, 256),
-    "demo": Case("5m", 4_096, 16, 256),
-    "270m": Case("270m", 32_128, 1, 512),
+    "tiny": Case("tiny", 8, 512, {}),
+    "small5m": Case("5m", 16, 256, {}),
+    "demo": Case("5m", 8, 256, DEMO),  # the model and batch of openelm/recipes/demo.toml
+    "270m": Case("270m", 1, 512, {"vocab_size": 32_128}),
 }
 
 
@@ -141,11 +142,11 @@ def serve(options: argparse.Namespace) -> None:
         elif word == "matmul":
             answer = {"gflops": matmul_gflops(case)}
         else:
-            plan = model_config(case).plan
+            config = model_config(case)
             answer = {
                 "peak_bytes": peak_bytes(),
                 "torch": torch.__version__,
-                "flops_per_token": plan.training_flops_per_token(case.vocab_size, case.length),
+                "flops_per_token": config.plan.training_flops_per_token(config.vocab_size, case.length),
             }
         print(json.dumps(answer), flush=True)
         if word == "stop":
@@ -155,7 +156,7 @@ def serve(options: argparse.Namespace) -> None:
 def model_config(case: Case) -> Any:
     from openelm.model.sizes import model_size
 
-    return model_size(case.size, vocab_size=case.vocab_size)
+    return model_size(case.size, **case.fields)
 
 
 def fresh_model(case: Case) -> Any:
@@ -174,7 +175,7 @@ def batch(case: Case) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, case.vocab_size, (case.rows, case.length + 1), generator=generator)
+    tokens = torch.randint(0, model_config(case).vocab_size, (case.rows, case.length + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -212,7 +213,7 @@ def baseline_step(case: Case, precision: str) -> Callable[[], float]:
 
     model, (inputs, targets) = fresh_model(case), batch(case)
     plan = model.config.plan
-    plain = PlainModel(plan.dim, plan.head_dim, plan.query_heads, plan.kv_heads, plan.ffn_dims, case.vocab_size)
+    plain = PlainModel(plan.dim, plan.head_dim, plan.query_heads, plan.kv_heads, plan.ffn_dims, model.config.vocab_size)
     plain.load_state_dict(model.state_dict())
     del model
     trainer = PlainTrainer(plain, precision)
@@ -227,13 +228,13 @@ def matmul_gflops(case: Case) -> float:
     """
     import torch
 
-    plan = model_config(case).plan
-    tokens = case.rows * case.length
+    config = model_config(case)
+    plan, tokens = config.plan, case.rows * case.length
     layers = {0, plan.layers // 2, plan.layers - 1}
     shapes = [(tokens, plan.dim, 2 * plan.ffn_dims[layer]) for layer in layers]
     shapes += [(tokens, plan.ffn_dims[layer], plan.dim) for layer in layers]
     shapes += [(tokens, plan.query_heads[layer] * plan.head_dim, plan.dim) for layer in layers]
-    shapes.append((256, plan.dim, case.vocab_size))
+    shapes.append((256, plan.dim, config.vocab_size))
     best = 0.0
     for dtype in (torch.float32, torch.bfloat16) if native_bf16() else (torch.float32,):
         flops = seconds = 0.0

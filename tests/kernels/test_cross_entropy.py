@@ -80,7 +80,8 @@ def test_loss_and_gradients_equal_the_formula(
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: units)
     vocabulary = 37
     wide_bytes = 8 if dtype == torch.float64 else 4
-    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK_BYTES", chunk_rows * vocabulary * wide_bytes)
+    bytes_held = chunk_rows * vocabulary * wide_bytes
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", dict.fromkeys(("fp32", "bf16", "gpu"), bytes_held))
     hidden, weight = numbers(13, 6, dtype=dtype), numbers(vocabulary, 6, seed=1, dtype=dtype)
     targets = some_targets(13, vocabulary)
     found = run(hidden, weight, targets, z_loss, autocast=autocast)
