@@ -20,7 +20,7 @@ TINY = (
     "model.dim=32",
     "model.head_dim=8",
     "model.ffn_dim_divisor=16",
-    "model.context=32",
+    "model.context=256",  # the demo's prompt has forty characters
     "train.length=32",
     "train.rows=2",
     "train.steps=12",
@@ -34,13 +34,18 @@ TINY = (
     "evaluation.max_bytes=512",
     "evaluation.sample_tokens=4",
 )
-_WORDS = "the a old red quiet small king river house storm garden letter finds loves fears and of in".split()
+_WORDS = (
+    *("the", "a", "old", "red", "quiet", "small", "king", "river", "house", "storm", "garden", "letter"),
+    *("finds", "loves", "fears", "and", "of", "in"),
+)
+_SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "or", "pu", "ra", "se", "ti", "vo", "wy")
 
 
 def prose(seed: int, words: int) -> str:
     """English-like text of so many words, in sentences and paragraphs."""
     draw = random.Random(seed)
-    lines = [" ".join(draw.choices(_WORDS, k=8)).capitalize() + "." for _ in range(words // 8)]
+    invented = ["".join(draw.choices(_SYLLABLES, k=3)) for _ in range(20)]
+    lines = [" ".join(draw.choices([*_WORDS, *invented], k=8)).capitalize() + "." for _ in range(words // 8)]
     return "\n\n".join("\n".join(lines[at : at + 4]) for at in range(0, len(lines), 4)) + "\n"
 
 
@@ -85,7 +90,7 @@ ffn_dim_divisor = 16
 context = 32
 
 [tokenizer]
-vocab_size = 300
+vocab_size = 400
 
 [data]
 lanes = 2

@@ -26,6 +26,8 @@ def bad_text(tmp_path: Path, texts: list[str], request: pytest.FixtureRequest) -
     name, data = {
         "missing": ("missing.txt", None),
         "empty": ("empty.txt", b""),
+        "empty jsonl": ("empty.jsonl", b""),
+        "empty gzip": ("empty.jsonl.gz", gzip.compress(b"")),
         "blank": ("blank.txt", b" \n\n \n"),
         "truncated": ("cut.jsonl.gz", whole[: len(whole) // 2]),
         "no gzip": ("no.jsonl.gz", b"not gzip at all"),
@@ -45,8 +47,8 @@ def bad_text(tmp_path: Path, texts: list[str], request: pytest.FixtureRequest) -
 
 
 KINDS = [
-    "missing", "empty", "blank", "truncated", "no gzip", "binary", "not UTF-8", "not JSON", "no text", "not parquet",
-    "cut parquet", "no format", "too short",
+    "missing", "empty", "empty jsonl", "empty gzip", "blank", "truncated", "no gzip", "binary", "not UTF-8",
+    "not JSON", "no text", "not parquet", "cut parquet", "no format", "too short",
 ]  # fmt: skip
 
 

@@ -88,9 +88,7 @@ def test_held_out_documents_are_never_trained_on(finished: Path, texts: list[str
     assert sorted(train + held_out) == sorted(texts)
 
 
-def test_a_finished_demo_again_gives_the_same_result(
-    finished: Path, tiny: tuple[str, ...], text_folder: Path
-) -> None:
+def test_a_finished_demo_again_gives_the_same_result(finished: Path, tiny: tuple[str, ...], text_folder: Path) -> None:
     before = result_of(finished)
     assert demo(tiny, text_folder, finished) == before
 
@@ -212,6 +210,18 @@ def test_a_small_text_with_many_characters_works_as_it_is(tiny: tuple[str, ...],
     (tmp_path / "texts").mkdir()
     for at in range(10):
         (tmp_path / "texts" / f"{at}.txt").write_text(" ".join(draw.choices(words, k=500)) + "\n")
+    assert demo(tiny, tmp_path / "texts", tmp_path / "run")
+
+
+def test_a_small_text_of_few_words_works_as_it_is(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """Twenty kilobytes of a log, say: it has fewer pieces than an ordinary text of its size."""
+    import random
+
+    draw = random.Random(0)
+    words = ["started", "stopped", "request", "answer", "error", "at", "by", "the", "server", "client", "of", "line"]
+    (tmp_path / "texts").mkdir()
+    for at in range(10):
+        (tmp_path / "texts" / f"{at}.txt").write_text(" ".join(draw.choices(words, k=300)) + "\n")
     assert demo(tiny, tmp_path / "texts", tmp_path / "run")
 
 

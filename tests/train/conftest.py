@@ -35,9 +35,9 @@ EXACT = (
     "learning_rate",
     "batch_sha256",
 )
-NOUNS = "cat dog king river house storm garden letter window sailor".split()
-VERBS = "sees finds loves fears follows paints remembers".split()
-ADJECTIVES = "old red quiet small bright broken".split()
+NOUNS = ["cat", "dog", "king", "river", "house", "storm", "garden", "letter", "window", "sailor"]
+VERBS = ["sees", "finds", "loves", "fears", "follows", "paints", "remembers"]
+ADJECTIVES = ["old", "red", "quiet", "small", "bright", "broken"]
 
 
 def sentences(seed: int, count: int) -> str:

@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_when_tensors_are_written_is_a_disk_error(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", full)
+        patch.setattr(checkpoint_module, "write_tensors", full)
         with pytest.raises(DiskError, match="No space left"):
             bench.train(tmp_path)
     assert checkpoint_steps(tmp_path) == [3]

@@ -38,7 +38,7 @@ def gradients(bench: Any, folder: Path, batch: Batch, *overrides: str) -> tuple[
         trainer = _Trainer(run, NextToken(run.config.train.z_loss), (), lambda event: None, ledger)
         loss, nll = trainer._gradients(batch, int((batch.targets != -100).sum()))
     found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
-    return float(loss), float(nll), found
+    return loss.item(), nll.item(), found
 
 
 def oracle(bench: Any, folder: Path, batch: Batch, z_loss: float) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -60,7 +60,7 @@ def oracle(bench: Any, folder: Path, batch: Batch, z_loss: float) -> tuple[float
     targets = int((batch.targets != -100).sum())
     (loss / targets).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return float(loss) / targets, float(nll) / targets, found
+    return loss.item() / targets, nll.item() / targets, found
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 4])

@@ -79,7 +79,9 @@ def test_a_removed_line_is_named(ledger: Path, removed: int) -> None:
     assert caught.value.line == removed + 1
 
 
-@pytest.mark.parametrize("text", [b"[]\n", b"3\n", b'"prev"\n', b"null\n", b"\n", b"\xff\n", b"{}\n", b"[" * 9999 + b"\n"])
+@pytest.mark.parametrize(
+    "text", [b"[]\n", b"3\n", b'"prev"\n', b"null\n", b"\n", b"\xff\n", b"{}\n", b"[" * 9999 + b"\n"]
+)
 def test_a_line_that_is_no_event_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "ledger.jsonl").write_bytes(text)
     with pytest.raises(CheckpointError) as caught:

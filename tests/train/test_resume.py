@@ -73,7 +73,9 @@ def test_starting_a_finished_run_again_changes_nothing(bench: Any, tmp_path: Pat
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     again = bench.train(tmp_path)
     assert weights_sha256(again.state_dict()) == weights_sha256(model.state_dict())
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_the_returned_model_has_the_weights_of_the_last_checkpoint(bench: Any, tmp_path: Path) -> None:

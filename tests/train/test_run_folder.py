@@ -150,7 +150,7 @@ def test_run_json_says_what_the_numbers_depend_on(undisturbed: Path) -> None:
 def test_a_damaged_run_file_is_one_error(bench: Any, tmp_path: Path, data: bytes) -> None:
     bench.open(tmp_path)
     (tmp_path / "run.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match="run.json"):
+    with pytest.raises(CheckpointError, match=r"run\.json"):
         bench.open(tmp_path)
 
 
