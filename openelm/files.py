@@ -66,12 +66,14 @@ _DISK_FIXES = {
     errno.EACCES: "you may not write there: choose another folder with --out or change its permissions",
     errno.EPERM: "you may not write there: choose another folder with --out or change its permissions",
     errno.ENOTDIR: "a part of this path is a file: choose another folder with --out",
+    errno.ENOENT: "a part of this path is missing: choose another folder with --out",
+    errno.ENAMETOOLONG: "the name is too long: choose another folder with --out",
     errno.EEXIST: "a file of this name is in the way: choose another folder with --out",
 }
 
 
 def _free_space(path: Path) -> str:
-    existing = next((parent for parent in (path, *path.parents) if parent.exists()), None)
+    existing = next((parent for parent in (path, *path.parents) if os.path.exists(parent)), None)
     if existing is None:
         return ""
     return f" ({shutil.disk_usage(existing).free:,} bytes free)"
@@ -112,13 +114,14 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         target: the final folder; its parents are created.
-        replace: an existing `target` is removed after the new one is complete.
+        replace: an existing `target` that this function published is removed after the new one is complete.
 
     Raises:
-        CheckpointError: `target` exists and `replace` is false.
+        CheckpointError: `target` exists, and `replace` is false or it is not a published folder.
         DiskError: the disk is full, read-only or forbidden; nothing is left under the final name.
     """
-    if target.exists() and not replace:
+    published = (target / MANIFEST).is_file() or (target.is_dir() and not any(target.iterdir()))
+    if target.exists() and not (replace and published):
         raise CheckpointError("the folder exists already", file=target, fix="choose another name or remove it")
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -157,6 +160,16 @@ def remove_folder(folder: Path) -> None:
     with disk_errors(folder):
         os.rename(folder, hidden)
         shutil.rmtree(hidden)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged folder so that it is kept for a look but never read as a good one; returns its new path."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    with disk_errors(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        _sync_folder(folder.parent)
+    return aside
 
 
 def remove_leftovers(folder: Path) -> None:

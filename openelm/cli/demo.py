@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
@@ -24,17 +25,19 @@ from openelm.generate.engine import generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.folder import load_model, weights_sha256, write_json
 from openelm.release.report import write_report
+from openelm.text.tokenizer import train_tokenizer
 from openelm.train.ledger import read_ledger, valid_events
 from openelm.train.run import Run, RunConfig, open_run
 
 _HELD_OUT_EVERY = 20  # of the user's own documents, one in this many is kept for the evaluation
 _DOCUMENT_BYTES = 16_384
 _AVERAGED = 5
+_VOCABULARIES, _RICH_CHARACTERS = (4096, 1024, 512, 384, 320, 288), 1_000_000
 
 
 def demo(arguments: argparse.Namespace) -> int:
     """Run every stage that is not done yet and print what came of it."""
-    console, folder = Console(highlight=False), Path(arguments.out)
+    console, folder = Screen(), Path(arguments.out)
     make_folder(folder)
     with folder_lock(folder):
         config = _demo_config(arguments, folder)
@@ -68,8 +71,8 @@ def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dic
         raise DataError(
             "this folder holds a run on other text", file=folder, fix="choose another --out", code="E_CHANGED"
         )
-    size_bytes = (split / "train.jsonl").stat().st_size
-    vocab_size = next(size for size, least in ((4096, 1_000_000), (1024, 200_000), (512, 0)) if size_bytes >= least)
+    with (split / "train.jsonl").open(encoding="utf-8") as file:
+        vocab_size = _vocabulary([json.loads(line)["text"] for line in file])
     with (split / "held-out.jsonl").open(encoding="utf-8") as file:
         prompt = json.loads(file.readline())["text"][:40]
     return {
@@ -80,16 +83,28 @@ def _own_text(paths: Sequence[str], folder: Path, values: dict[str, Any]) -> dic
     }
 
 
+def _vocabulary(texts: Sequence[str]) -> int:
+    """Choose the largest of a few vocabulary sizes that the text is rich enough for."""
+    if sum(map(len, texts)) >= _RICH_CHARACTERS:
+        return _VOCABULARIES[0]
+    for vocab_size in _VOCABULARIES[1:-1]:
+        try:
+            return train_tokenizer(texts, vocab_size).vocab_size
+        except DataError:
+            continue
+    return _VOCABULARIES[-1]
+
+
 def _split_documents(manifest: Manifest, split: Path) -> None:
     """Put one document in twenty aside, chosen by the hash of its text; long text files are cut at blank lines.
 
     Raises:
         DataError: there are too few documents to keep one for the evaluation.
     """
-    texts = [document.text for document in read_documents(manifest)]
+    texts = list(dict.fromkeys(document.text for document in read_documents(manifest)))
     if len(texts) < 2:
         raise DataError(
-            f"the text makes {len(texts)} document, but one to train on and one to keep for the evaluation are needed",
+            f"the text makes {len(texts)} document (equal ones count once); two are needed, to train on and to measure with",
             file=manifest.sources[0].shards[0].path,
             fix="give more text; files are cut at blank lines every 16 KiB",
         )

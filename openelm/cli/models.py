@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from openelm.cli.screen import Screen
 from openelm.model.config import ModelConfig
 from openelm.model.sizes import model_size
 
@@ -22,17 +21,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from openelm.model.folder import load_model
     from openelm.text.tokenizer import load_tokenizer
 
-    folder, console = Path(arguments.model), Console()
+    folder, console = Path(arguments.model), Screen()
     model = load_model(folder, device=choose_device(arguments.device))
     score = evaluate_suite(arguments.suite, model, load_tokenizer(folder))
     if arguments.json:
         print(json.dumps(score.to_json()))
         return 0
     rows = [(document.name, document.bytes, document.tokens, document.bits_per_byte) for document in score.per_document]
-    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows), highlight=False, markup=False)
+    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows), markup=False)
     interval = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
     over = f", 95 % interval over {score.units} {score.interval_over}" if interval else ""
-    console.print(f"bits per byte {score.value:.4f}{interval}{over}", highlight=False, markup=False)
+    console.print(f"bits per byte {score.value:.4f}{interval}{over}", markup=False)
     return 0
 
 
@@ -44,7 +43,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(costs))
         return 0
-    plan, console = config.plan, Console(highlight=False)
+    plan, console = config.plan, Screen()
     console.print(
         f"{arguments.what}: {costs['parameters']:,} parameters ({costs['non_embedding_parameters']:,} in layers)"
     )

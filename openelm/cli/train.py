@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from openelm.cli.screen import Screen
 from openelm.config import apply_overrides, read_toml
 from openelm.data.reading import read_documents
 from openelm.data.stream import BatchStream
-from openelm.errors import CheckpointError, ConfigError
+from openelm.errors import CheckpointError, ConfigError, DataError
 from openelm.evaluate.score import bits_per_byte
 from openelm.files import folder_lock, make_folder
 from openelm.generate.engine import generate_text
@@ -35,7 +36,7 @@ from openelm.train.run import Run, RunConfig, open_run
 
 def train_recipe(arguments: argparse.Namespace) -> int:
     """Train, or go on; prints progress and where the results are."""
-    console = Console()
+    console = Screen()
     recipe = find_recipe(arguments.recipe)
     config = RunConfig.parse(apply_overrides(read_recipe(recipe), arguments.overrides), file=recipe)
     folder = Path(arguments.out)
@@ -44,26 +45,27 @@ def train_recipe(arguments: argparse.Namespace) -> int:
         run = open_run(folder, config, allow_change=arguments.allow_change)
         train_run(run, console)
     page = write_report(folder)
-    console.print(f"\nreport   {page}", highlight=False)
-    console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}", highlight=False)
+    console.print(f"\nreport   {page}")
+    console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}")
     return 0
 
 
 def average(arguments: argparse.Namespace) -> int:
     """Average checkpoints and publish the model folder."""
-    run, console = Path(arguments.run), Console()
+    run, console = Path(arguments.run), Screen()
     target = Path(arguments.out) if arguments.out else run / "model"
     read_run_file(run)
     with folder_lock(run):
         steps = publish_average(run, arguments.last, target)
-    console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {target}", highlight=False)
+    console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {target}")
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the report page."""
+    read_run_file(Path(arguments.run))
     page = write_report(Path(arguments.run), out=Path(arguments.out) if arguments.out else None)
-    Console().print(f"wrote {page}", highlight=False)
+    Screen().print(f"wrote {page}")
     return 0
 
 
@@ -142,6 +144,8 @@ def _shortened(run: Run, max_bytes: int) -> list[tuple[str, str]]:
     """Take the beginnings of the held-out documents, alike long, up to `max_bytes` together."""
     assert run.held_out is not None
     documents = [(document.text, Path(document.path).name) for document in read_documents(run.held_out)]
+    if not documents:
+        raise DataError("the held-out files hold no text", file=run.held_out.sources[0].shards[0].path, code="E_EMPTY")
     documents = documents[:64]
     share = max(1, max_bytes // max(1, len(documents)))
     return [(text.encode()[:share].decode(errors="ignore") or text[:1], name) for text, name in documents]

@@ -35,15 +35,15 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @functools.cache
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure this machine's rate for the model's own matrix product: the yardstick of MFU (about 0.3 s).
+    """Measure this machine's rate for the model's own matrix product: the yardstick of MFU (about 0.5 s).
 
     Returns:
-        FLOP/s, the best of five products of a shape that suits the device.
+        FLOP/s, the best of twenty products of a shape that suits the device.
     """
     size = 1024 if device.type == "cpu" else 8192
     x = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(6):  # the first warms up
+    for _ in range(20):  # the best one: another program may be in the way of some
         began = time.perf_counter()
         linear(x, x).sum().item()
         best = min(best, time.perf_counter() - began)

@@ -84,22 +84,28 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     return Checkpoint(step, digest, read_tensors(folder / WEIGHTS), read_tensors(folder / OPTIMIZER), state)
 
 
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """Read the newest checkpoint that verifies; also returns what was wrong with the newer ones."""
-    damage: list[CheckpointError] = []
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[tuple[int, CheckpointError]]]:
+    """Read the newest checkpoint that verifies; also returns the newer steps and what was wrong with them."""
+    damage: list[tuple[int, CheckpointError]] = []
     for step in reversed(checkpoint_steps(run)):
         try:
             return load_checkpoint(run, step), damage
         except CheckpointError as error:
-            damage.append(error)
+            damage.append((step, error))
     return None, damage
 
 
 def thin_checkpoints(run: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints that the config does not keep."""
-    steps = checkpoint_steps(run)
-    for step in steps[: -config.keep_last]:
-        if not (config.keep_every and step % config.keep_every == 0):
+    """Remove checkpoints that the config does not keep.
+
+    Kept are the newest, the last ones before it that are multiples of `every`, and the multiples of `keep_every`.
+    What a stop saved in between goes with the next checkpoint, so a stop does not change what is averaged.
+    """
+    *older, newest = checkpoint_steps(run)
+    regular = [step for step in older if step % config.every == 0]
+    kept = {newest, *regular[-(config.keep_last - 1) :]}
+    for step in older:
+        if step not in kept and not (config.keep_every and step % config.keep_every == 0):
             remove_folder(checkpoint_folder(run, step))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openelm.errors import CheckpointError
+from openelm.errors import CheckpointError, DiskError
 from openelm.files import disk_errors, sha256_bytes, write_atomic
 
 FIRST = "0" * 64
@@ -49,8 +50,8 @@ def _read(path: Path) -> tuple[list[tuple[dict[str, Any], str]], bytes]:
     for index, line in enumerate(lines[:-1], start=1):
         try:
             event = json.loads(line)
-            previous = event["prev"]
-        except (ValueError, KeyError, TypeError):
+            previous, _ = event["prev"], event["event"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError("this line of the ledger is not one it wrote", file=path, line=index) from None
         if previous != head:
             raise CheckpointError(
@@ -95,7 +96,13 @@ class Ledger:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; what a full disk refused before is refused again.
+
+        Raises:
+            DiskError: the last line could not be written.
+        """
+        with disk_errors(self._path):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -103,4 +110,5 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*(() if error is None else (DiskError,))):  # the first error says more
+            self.close()

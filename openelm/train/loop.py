@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openelm.data.stream import Batch
 from openelm.errors import CheckpointError, NumericError, Stopped
-from openelm.files import canonical_json, make_folder, sha256_bytes
+from openelm.files import canonical_json, make_folder, set_aside, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
 from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
@@ -191,8 +191,9 @@ class _Trainer:
         """Load the newest good checkpoint and bring the ledger to it; returns the data cursors."""
         checkpoint, damage = newest_checkpoint(self.run.folder)
         if checkpoint is None and damage:
-            raise damage[0]
-        for error in damage:
+            raise damage[0][1]
+        for step, error in damage:
+            set_aside(checkpoint_folder(self.run.folder, step))
             self.record({"event": "damage", "step": checkpoint.step if checkpoint else 0, "reason": str(error)})
         recorded = max((event.get("step", 0) for event in self.ledger.events), default=0)
         if checkpoint is None:

@@ -142,9 +142,12 @@ class TensorBoard:
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take one ledger event."""
         if event["event"] in ("start", "resume"):
+            self.close()
             from tensorboardX.writer import SummaryWriter  # its import takes a third of a second
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=event["step"] + 1)
+            # File names hold whole seconds: two starts within one would write to the same file.
+            suffix = f".from-step-{event['step']}"
+            self._writer = SummaryWriter(str(self._folder), purge_step=event["step"] + 1, filename_suffix=suffix)
         elif event["event"] == "step":
             for name, value in step_numbers(event).items():
                 if name not in ("step", "tokens"):

@@ -54,7 +54,7 @@ class TrainConfig(Config):
     """Tokens per sequence."""
     micro_rows: Positive | None = None
     """Sequences per forward and backward pass; gradients are averaged over all target tokens of the step."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the initial weights and the document order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32."""
@@ -261,11 +261,12 @@ def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: 
         return
     try:
         stored = json.loads(path.read_bytes())
-    except ValueError:
+        before = _comparable(stored)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
-    found = list(_differences(_comparable(stored), _comparable(json.loads(data))))
+    found = list(_differences(before, _comparable(json.loads(data))))
     changes = [
         change
         for change in found

@@ -42,6 +42,8 @@ def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: 
         if not starts or line.offset - starts[-1][1].offset >= target:
             starts.append((row, line._replace(data=None)))
         end = line.offset + (options.max_document_bytes if line.data is None else len(line.data))
+    if not starts:
+        return ()
     compressed = is_compressed(path)
     if compressed:
         starts = _thin(starts)
