@@ -104,7 +104,7 @@ def _split_documents(manifest: Manifest, split: Path) -> None:
     texts = list(dict.fromkeys(document.text for document in read_documents(manifest)))
     if len(texts) < 2:
         raise DataError(
-            f"the text makes {len(texts)} document (equal ones count once); two are needed, to train on and to measure with",
+            f"the text makes {len(texts)} document, equal ones counted once; two are needed",
             file=manifest.sources[0].shards[0].path,
             fix="give more text; files are cut at blank lines every 16 KiB",
         )
