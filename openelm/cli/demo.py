@@ -203,7 +203,9 @@ def _show(run: Run, score: Score, rows: Sequence[Baseline], console: Console) ->
         text = prompt + generate_text(model, run.tokenizer, prompt, sampling)
         console.print("\n".join(f"  {line}" for line in text.splitlines()), markup=False, style="italic")
     console.print("\n[bold]try next[/]")
-    console.print(f"  openelm chat {run.folder}/model", markup=False)
+    console.print(f"  openelm chat {run.folder}/model", markup=False, soft_wrap=True)
     prompt = json.dumps(run.config.evaluation.prompts[0] if run.config.evaluation.prompts else "Once")
-    console.print(f"  openelm generate {run.folder}/model --prompt {prompt} --temperature 0.7", markup=False)
-    console.print(f"  open {run.folder}/report.html in a browser", markup=False)
+    console.print(
+        f"  openelm generate {run.folder}/model --prompt {prompt} --temperature 0.7", markup=False, soft_wrap=True
+    )
+    console.print(f"  open {run.folder}/report.html in a browser", markup=False, soft_wrap=True)
