@@ -14,6 +14,7 @@ from rich.console import Console
 from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
+from openelm.data.document import Document
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
 from openelm.errors import DataError
@@ -43,9 +44,10 @@ def demo(arguments: argparse.Namespace) -> int:
         config = _demo_config(arguments, folder)
         run = _open(folder, config, console)
         train_run(run, console)
-        score, rows = _evaluate(run, console)
+        console.print("\naveraging the last checkpoints and measuring on held-out documents …", style="dim")
+        score, rows = _score_average(run), _baselines(run)
         if arguments.compare_uniform:
-            rows = [*rows, _uniform_baseline(arguments, config, console)]
+            rows.append(_uniform_baseline(arguments, console))
         _publish(run, score, rows)
         _show(run, score, rows, console)
     return 0
@@ -130,17 +132,23 @@ def _open(folder: Path, config: RunConfig, console: Console) -> Run:
     return run
 
 
-def _evaluate(run: Run, console: Console) -> tuple[Score, list[Baseline]]:
-    """Average the last checkpoints and score the mean on the whole held-out text, beside the baselines."""
-    console.print("\naveraging the last checkpoints and measuring on held-out documents …", style="dim")
+def _score_average(run: Run) -> Score:
+    """Average the last checkpoints into the model folder and score the mean on the whole held-out text."""
     publish_average(run.folder, _averaged(run), run.folder / "model")
-    assert run.held_out is not None
-    held_out = list(read_documents(run.held_out))
-    texts = [document.text for document in held_out]
+    held_out = _held_out(run)
     names = [Path(document.path).name + (f":{document.row}" if document.row else "") for document in held_out]
-    score = bits_per_byte(load_model(run.folder / "model"), run.tokenizer, texts, names)
-    rows = baselines(texts, [document.text for document in read_documents(run.manifest)], run.tokenizer)
-    return score, rows
+    texts = [document.text for document in held_out]
+    return bits_per_byte(load_model(run.folder / "model"), run.tokenizer, texts, names)
+
+
+def _baselines(run: Run) -> list[Baseline]:
+    training = [document.text for document in read_documents(run.manifest, on_bad_row=run.config.data.on_bad_row)]
+    return baselines([document.text for document in _held_out(run)], training, run.tokenizer)
+
+
+def _held_out(run: Run) -> list[Document]:
+    assert run.held_out is not None
+    return list(read_documents(run.held_out))
 
 
 def _averaged(run: Run) -> int:
@@ -149,14 +157,14 @@ def _averaged(run: Run) -> int:
     return min(_AVERAGED, run.config.checkpoints.keep_last, -(-steps // every))
 
 
-def _uniform_baseline(arguments: argparse.Namespace, config: RunConfig, console: Console) -> Baseline:
+def _uniform_baseline(arguments: argparse.Namespace, console: Console) -> Baseline:
     """Train the model of equal size whose layers are all alike, on the same batches, and score it the same way."""
     folder = Path(arguments.out) / "uniform"
     make_folder(folder)
     with folder_lock(folder):
         run = _open(folder, _demo_config(arguments, folder, rule="uniform"), console)
         train_run(run, console)
-        score, _ = _evaluate(run, console)
+        score = _score_average(run)
     return Baseline("uniform layers", score.value, f"{run.model_config.parameters:,} parameters, every layer alike")
 
 

@@ -166,7 +166,7 @@ def _key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
         yield "tokens per second", units.significant(_mean(rates), 3), "mean"
     shares = [(mfu, seconds) for line, seconds in timed if (mfu := line.mfu) is not None]
     if shares:
-        yield "MFU", units.percent(_mean(shares)), "of the device's peak"
+        yield "MFU", units.percent(_mean(shares)), "of the measured matmul rate"
 
 
 def _mean(weighted: list[tuple[float, float]]) -> float:
