@@ -201,7 +201,7 @@ def our_step(case: Case, precision: str) -> Callable[[], float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)  # as the training loop does: no fresh pages for gradients
         return float(loss.detach())
 
     return step

@@ -120,7 +120,13 @@ def health_figures(record: Record) -> list[Figure]:
         one("rate", "Learning rate", "", lambda line: line.learning_rate, False),
         one("gradient", "Gradient norm", "before clipping, logarithmic scale", lambda line: line.gradient_norm, True),
         one("throughput", "Throughput", "tokens per second", lambda line: line.tokens_per_second, False),
-        one("mfu", "MFU", "% of the measured matmul rate", lambda line: None if line.mfu is None else 100 * line.mfu, False),
+        one(
+            "mfu",
+            "MFU",
+            "% of the measured matmul rate",
+            lambda line: None if line.mfu is None else 100 * line.mfu,
+            False,
+        ),
     )
     return [figure for figure in found if figure is not None]
 

@@ -50,9 +50,7 @@ def test_ids_are_bos_then_the_text_with_eos_after_each_message() -> None:
     ids = encode_chat(tokenizer, CHAT)
     assert ids[0] == tokenizer.bos_id
     assert ids.count(tokenizer.eos_id) == len(CHAT)
-    spelled = b"".join(
-        b"</s>" if token_id == tokenizer.eos_id else tokenizer.token_bytes(token_id) for token_id in ids
-    )
+    spelled = b"".join(b"</s>" if token_id == tokenizer.eos_id else tokenizer.token_bytes(token_id) for token_id in ids)
     assert spelled.decode() == render(CHAT, generation_prompt=True)
 
 

@@ -31,9 +31,7 @@ CORPUS = [
 SPECIAL_TEXTS = ["</s>", "<s>", "<unk>", "<|endoftext|>", "<0x41>", "a</s>b", " <s>", "<s></s><|endoftext|>"]
 SPECIAL_TEXTS += ["<|user|>\n</s>\n", "▁", "▁▁ ▁</s>▁", "<pad>", "\0</s>"]
 UNICODE = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
-TRICKY = st.text(
-    alphabet=st.sampled_from(["▁", " ", "\n", "\t", "\0", "<", "/", "s", ">", "a", "é", "🦙", "▅", "\r"])
-)
+TRICKY = st.text(alphabet=st.sampled_from(["▁", " ", "\n", "\t", "\0", "<", "/", "s", ">", "a", "é", "🦙", "▅", "\r"]))
 
 
 def byte_level_json(add_prefix_space: bool = False) -> bytes:
@@ -240,9 +238,7 @@ def test_llama_vectors() -> None:
     texts = (ASSETS / "llama-32k.vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")[:-1]
     lines = (ASSETS / "llama-32k.vectors.out").read_bytes().decode().split("\n")
     assert len(texts) == 46
-    assert tokenizer.encode_many(texts) == [
-        [int(token_id) for token_id in line.split()] for line in lines[:46]
-    ]
+    assert tokenizer.encode_many(texts) == [[int(token_id) for token_id in line.split()] for line in lines[:46]]
     assert [tokenizer.decode(row) for row in tokenizer.encode_many(texts)] == texts
 
 
@@ -255,9 +251,7 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def test_missing_empty_and_foreign_files_are_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_empty_and_foreign_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in refused(tmp_path / "none.model")
     assert "neither" in refused(tmp_path)
     for suffix in ("model", "json"):

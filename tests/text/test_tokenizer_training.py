@@ -27,9 +27,7 @@ def test_ids_are_unk_bos_eos_bytes_then_pieces() -> None:
 
 
 def test_training_in_another_process_gives_the_same_bytes() -> None:
-    code = (
-        f"from openelm.text.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300).sha256)"
-    )
+    code = f"from openelm.text.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300).sha256)"
     command = [sys.executable, "-c", code]
     other = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
     assert other.stdout.strip() == train_tokenizer(iter(TEXTS), 300).sha256
