@@ -44,7 +44,12 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, default="tiny")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 where the CPU has units for it, else fp32 (without them the baseline's step takes minutes)",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed steps a side, after one untimed")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true")
@@ -53,7 +58,10 @@ def main() -> None:
     if options.worker:
         serve(options)
         return
-    result = compare(options.case, options.precision, options.repeats, options.threads)
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "fp32"
+    result = compare(options.case, precision, options.repeats, options.threads)
     if options.json:
         print(json.dumps(result))
     else:
