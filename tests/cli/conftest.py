@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,14 +47,6 @@ def prose(seed: int, words: int) -> str:
     invented = ["".join(draw.choices(_SYLLABLES, k=3)) for _ in range(20)]
     lines = [" ".join(draw.choices([*_WORDS, *invented], k=8)).capitalize() + "." for _ in range(words // 8)]
     return "\n\n".join("\n".join(lines[at : at + 4]) for at in range(0, len(lines), 4)) + "\n"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

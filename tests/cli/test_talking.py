@@ -92,7 +92,7 @@ def test_a_device_that_is_not_there_is_exit_2(model: str, failed: Failed) -> Non
     import torch
 
     if torch.backends.mps.is_available():
-        pytest.skip("this machine has it")
+        pytest.skip("this machine has an MPS device")
     assert "cpu" in failed(2, "generate", model, "--prompt", "x", "--device", "mps")
 
 

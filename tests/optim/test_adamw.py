@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,15 +12,6 @@ from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import AdamWConfig, build_adamw, optimizer_tensors, restore_optimizer
 
 QKV = "transformer.layers.0.attn.qkv_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small to share: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(dtype: torch.dtype = torch.float32, layers: int = 2) -> OpenELM:

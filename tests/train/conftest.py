@@ -6,12 +6,11 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from openelm.config import apply_overrides
 from openelm.data.stream import BatchStream
@@ -148,14 +147,6 @@ class Bench:
             tuple(checkpoint.state["recent_losses"]),
             checkpoint.state["tokens"],
         )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
