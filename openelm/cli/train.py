@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from openelm.release.card import model_card
 from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.average import average_checkpoints
-from openelm.train.loop import Event, Probe, train
+from openelm.train.distributed import ALONE, Processes, open_processes
+from openelm.train.loop import Observer, Probe, train
 from openelm.train.objectives import NextToken
 from openelm.train.progress import ProgressDisplay, TensorBoard
 from openelm.train.run import Run, RunConfig, open_run
+from openelm.train.update import Event
 
 
 def train_recipe(arguments: argparse.Namespace) -> int:
@@ -40,10 +43,18 @@ def train_recipe(arguments: argparse.Namespace) -> int:
     recipe = find_recipe(arguments.recipe)
     config = RunConfig.parse(apply_overrides(read_recipe(recipe), arguments.overrides), file=recipe)
     folder = Path(arguments.out)
-    make_folder(folder)
-    with folder_lock(folder):
-        run = open_run(folder, config, allow_change=arguments.allow_change)
-        train_run(run, console)
+    with ExitStack() as opened:
+        processes = opened.enter_context(open_processes(config.train.device, config.train.timeout_seconds))
+        if processes.leads:
+            make_folder(folder)
+            opened.enter_context(folder_lock(folder))
+            run = open_run(folder, config, allow_change=arguments.allow_change)
+        processes.wait_for_all()
+        if not processes.leads:
+            run = open_run(folder, config, allow_change=arguments.allow_change)
+        train_run(run, console, processes)
+        if not processes.leads:
+            return 0
     page = write_report(folder)
     console.print(f"\nreport   {page}")
     console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}")
@@ -88,11 +99,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return config
 
 
-def train_run(run: Run, console: Console) -> OpenELM:
-    """Train an opened run with its probes, showing its progress."""
+def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenELM:
+    """Train an opened run with its probes; the first process shows the progress."""
     reuse_freed_memory()
     settings = run.config.train
-    tensorboard = TensorBoard(run.folder / "tensorboard")
     streams: list[BatchStream] = []
 
     def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
@@ -105,24 +115,26 @@ def train_run(run: Run, console: Console) -> OpenELM:
                 seed=settings.seed,
                 rows=settings.rows,
                 length=settings.length,
+                part=(processes.rank, processes.count),
                 cursors=cursors,
             )
         )
         return streams[0]
 
-    try:
-        with ProgressDisplay(console, settings.steps) as display:
-            return train(
-                run,
-                open_batches=open_batches,
-                objective=NextToken(settings.z_loss),
-                probes=_probes(run),
-                observers=(display, tensorboard),
-            )
-    finally:
-        tensorboard.close()
-        for stream in streams:
-            stream.close()
+    with ExitStack() as opened:
+        observers: tuple[Observer, ...] = ()
+        if processes.leads:
+            tensorboard = opened.enter_context(closing(TensorBoard(run.folder / "tensorboard")))
+            observers = (opened.enter_context(ProgressDisplay(console, settings.steps)), tensorboard)
+        opened.callback(lambda: [stream.close() for stream in streams])
+        return train(
+            run,
+            open_batches=open_batches,
+            objective=NextToken(settings.z_loss),
+            probes=_probes(run),
+            observers=observers,
+            processes=processes,
+        )
 
 
 def _probes(run: Run) -> list[Probe]:

@@ -59,6 +59,12 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    numerics: Literal["fast", "exact"] = "fast"
+    """`exact`: gradients are added in one fixed order, so 1, 2 and 4 processes give the same weights to the bit."""
+    shards: Positive = 8
+    """With `exact`: into how many parts each batch is cut; a power of two, at least the number of processes."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long a process waits for the others before it stops."""
     document_mask: bool = True
     """Whether the documents packed into one row are hidden from each other."""
     recompute_layers: bool = False
@@ -79,6 +85,8 @@ class TrainConfig(Config):
     def _micro_rows_divide(self) -> Self:
         if self.micro_rows is not None and self.rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
+        if self.numerics == "exact" and (self.shards & (self.shards - 1) or self.rows % self.shards):
+            raise ValueError(f"shards {self.shards} must be a power of two that divides rows {self.rows}")
         return self
 
 
