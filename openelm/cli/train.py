@@ -103,11 +103,10 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
     """Train an opened run with its probes; the first process shows the progress."""
     reuse_freed_memory()
     settings = run.config.train
-    streams: list[BatchStream] = []
+    with ExitStack() as opened:
 
-    def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
-        streams.append(
-            BatchStream(
+        def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
+            stream = BatchStream(
                 run.config.data,
                 run.manifest,
                 run.tokenizer,
@@ -118,15 +117,12 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
                 part=(processes.rank, processes.count),
                 cursors=cursors,
             )
-        )
-        return streams[0]
+            return opened.enter_context(stream)
 
-    with ExitStack() as opened:
         observers: tuple[Observer, ...] = ()
         if processes.leads:
             tensorboard = opened.enter_context(closing(TensorBoard(run.folder / "tensorboard")))
             observers = (opened.enter_context(ProgressDisplay(console, settings.steps)), tensorboard)
-        opened.callback(lambda: [stream.close() for stream in streams])
         return train(
             run,
             open_batches=open_batches,

@@ -161,11 +161,9 @@ class Updater:
     def _add_rows(self, batch: Batch, rows: slice, targets: int) -> None:
         """Add the gradients and the mean losses of some rows, a few rows at a time."""
         device = self.run.device
-        inputs, answers, documents = (
-            torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)
-        )
-        micro_rows = self.config.micro_rows or len(inputs)
-        for micro in zip(*(part.split(micro_rows) for part in (inputs, answers, documents)), strict=True):
+        parts = [torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)]
+        micro_rows = self.config.micro_rows or len(parts[0])
+        for micro in zip(*(torch.split(part, micro_rows) for part in parts), strict=True):
             masked = self.config.document_mask and bool(micro[2].any())  # 0 throughout: one document a row
             micro_inputs, micro_answers, micro_documents = (part.to(device) for part in micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
