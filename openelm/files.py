@@ -132,7 +132,7 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             write_manifest(temporary)
             for file in temporary.iterdir():
-                _sync_file(file)
+                sync_file(file)
             _sync_folder(temporary)
             _swap(temporary, target)
             _sync_folder(target.parent)
@@ -254,7 +254,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

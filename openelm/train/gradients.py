@@ -14,13 +14,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from openelm.train.distributed import ALONE, Processes
+
 _ALIGNED = 16  # fp32 numbers: 64 bytes, a cache line
 
 
 class FlatGradients:
     """The `.grad` of every parameter as views of one fp32 tensor, with two more numbers at its end for the losses."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    scale = 1
+    """By what a loss is multiplied before its backward pass."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         starts, size = [], 0
         for parameter in self._parameters:
@@ -32,6 +38,13 @@ class FlatGradients:
         """(loss sum, nats)."""
         for parameter, start in zip(self._parameters, starts, strict=True):
             parameter.grad = self.values[start : start + parameter.numel()].view_as(parameter)
+
+    def expect(self, *, last: bool) -> None:
+        """Say whether the next backward pass is the last one of the step; nothing is sent before `add_up`."""
+
+    def add_up(self) -> None:
+        """Add up the gradients and losses of all processes."""
+        self._processes.add(self.values)
 
     def clear(self) -> None:
         """Set everything to zero, keeping the memory."""

@@ -17,6 +17,7 @@ from openelm.errors import CheckpointError, ConfigError, NumericError, Stopped
 from openelm.files import canonical_json, make_folder, set_aside, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
 from openelm.model.folder import weights_sha256
+from openelm.model.parts import own_part
 from openelm.model.transformer import OpenELM
 from openelm.train.checkpoint import (
     checkpoint_folder,
@@ -177,9 +178,9 @@ class _Trainer:
             raise error
 
     def _measure(self, last: bool) -> None:
-        """Take the measurements that are due; the first process does while the others wait at the next step."""
+        """Take the measurements that are due: in the first process, or in all of them that share the model."""
         model, step = self.updater.model, self.state.step
-        for probe in self.probes if self.processes.leads else ():
+        for probe in self.probes if self.processes.leads or self.updater.sharded else ():
             if last or step % probe.every == 0:
                 model.eval()
                 self._record({"step": step, **probe.measure(model, step)})
@@ -264,35 +265,34 @@ class _Trainer:
         return total
 
     def _save(self, cursors: list[dict[str, Any]]) -> None:
-        """Publish a checkpoint, in the first process.
+        """Publish a checkpoint; all processes take part.
 
         Raises:
-            NumericError: a weight is not finite; found by every process.
+            NumericError: a weight is not finite.
         """
-        weights = self.updater.model.state_dict()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        weights, moments, step = self.updater.model.state_dict(), self.updater.moments(), self.state.step
+        if self.processes.any_true(not all(bool(torch.isfinite(own_part(value)).all()) for value in weights.values())):
             raise NumericError(
-                f"weights are not finite at step {self.state.step}; no checkpoint was written",
+                f"weights are not finite at step {step}; no checkpoint was written",
                 fix="the previous checkpoint is intact: go on from it with a lower schedule.peak",
             )
-        if self.ledger is None:
+        self._sync()
+        head = self.ledger.head if self.ledger else ""
+        state = {**self.state.to_json(), "cursors": cursors, "ledger_head": head}
+        saved = save_checkpoint(self.run.folder, step, weights, moments, state, self.processes)
+        if saved is None:
             return
-        self.ledger.sync()
-        state = {**self.state.to_json(), "cursors": cursors, "ledger_head": self.ledger.head}
-        moments = self.updater.moments()
-        digest = save_checkpoint(self.run.folder, self.state.step, weights, moments, state)
-        folder = checkpoint_folder(self.run.folder, self.state.step).relative_to(self.run.folder)
         self._record(
             {
                 "event": "checkpoint",
-                "step": self.state.step,
-                "folder": str(folder),
-                "manifest_sha256": digest,
-                "weights_sha256": weights_sha256(weights),
-                "optimizer_sha256": weights_sha256(moments),
+                "step": step,
+                "folder": str(checkpoint_folder(self.run.folder, step).relative_to(self.run.folder)),
+                "manifest_sha256": saved.manifest_sha256,
+                "weights_sha256": weights_sha256(saved.weights),
+                "optimizer_sha256": weights_sha256(saved.optimizer),
             }
         )
-        self.ledger.sync()
+        self._sync()
         thin_checkpoints(self.run.folder, self.run.config.checkpoints)
 
 

@@ -63,6 +63,9 @@ class TrainConfig(Config):
     """`exact`: gradients are added in one fixed order, so 1, 2 and 4 processes give the same weights to the bit."""
     shards: Positive = 8
     """With `exact`: into how many parts each batch is cut; a power of two, at least the number of processes."""
+    shard_processes: Positive = 1
+    """How many processes share one copy of weights, gradients and optimizer state (FSDP2); 1: each holds a whole
+    copy (data parallel), all of them: fully sharded, fewer: hybrid. Where fewer are started, all of them share."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """How long a process waits for the others before it stops."""
     document_mask: bool = True
@@ -87,6 +90,8 @@ class TrainConfig(Config):
             raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
         if self.numerics == "exact" and (self.shards & (self.shards - 1) or self.rows % self.shards):
             raise ValueError(f"shards {self.shards} must be a power of two that divides rows {self.rows}")
+        if self.numerics == "exact" and self.shard_processes > 1:
+            raise ValueError("numerics 'exact' adds up whole gradients: it needs shard_processes 1")
         return self
 
 

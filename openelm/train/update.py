@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError
+from openelm.model.parts import fill
 from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
 from openelm.optim.schedule import learning_rate
-from openelm.train.checkpoint import Checkpoint
+from openelm.train.checkpoint import Checkpoint, check_names
 from openelm.train.distributed import ALONE, Processes
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number
 from openelm.train.objectives import Objective
 from openelm.train.run import Run
+from openelm.train.sharding import ShardedGradients, sharded_model
 
 Event = Mapping[str, Any]
 
@@ -76,17 +79,37 @@ class Updater:
     def __init__(self, run: Run, objective: Objective, processes: Processes = ALONE) -> None:
         self.run, self.objective, self.processes = run, objective, processes
         self.config = run.config.train
-        self.model = OpenELM(run.model_config)
-        self.model.initialise(torch.Generator().manual_seed(self.config.seed))
-        self.model.to(run.device)
+        size = min(self.config.shard_processes, processes.count)
+        self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
+        self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
         self.model.recompute_layers = self.config.recompute_layers
         self.optimizer = build_adamw(run.config.optimizer, self.model)
-        self.gradients = FlatGradients(self.model.parameters())
+        self.gradients: FlatGradients | ShardedGradients = (
+            ShardedGradients(self.model, processes, run.device)
+            if size > 1
+            else FlatGradients(self.model.parameters(), processes)
+        )
         self.state = State()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of the model only, so that a forward pass needs all of them."""
+        return isinstance(self.gradients, ShardedGradients)
+
+    @torch.no_grad()
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, whole in weights:
+            fill(parameters[name], whole)
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's weights, moments and counters."""
-        self.model.load_state_dict(checkpoint.weights)
+        """Take over a checkpoint's weights, moments and counters.
+
+        Raises:
+            CheckpointError: its tensors are not those of this model.
+        """
+        check_names(checkpoint.weights, self.model)
+        self._load(checkpoint.weights.items())
         restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
         self.state = State.from_json(checkpoint.step, checkpoint.state)
 
@@ -104,7 +127,7 @@ class Updater:
         totals = self._totals(batch)
         rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
         loss, nll = self._accumulate(batch, max(1, totals.targets))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        norm = _number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
         reason = self._objection(nll, norm)
         skipped = reason is not None and self._policy(reason) == "skip"
         if not skipped:
@@ -145,8 +168,9 @@ class Updater:
         """Add up the gradients of the mean loss over all targets of the batch; returns (mean loss, mean nats)."""
         if self.config.numerics == "fast":
             self._add_rows(batch, slice(None), targets)
-            self.processes.add(self.gradients.values)
+            self.gradients.add_up()
         else:
+            assert isinstance(self.gradients, FlatGradients)
             mine = self.config.shards // self.processes.count
             tree = Tree()
             for leaf in leaf_order(mine):
@@ -163,7 +187,8 @@ class Updater:
         device = self.run.device
         parts = [torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)]
         micro_rows = self.config.micro_rows or len(parts[0])
-        for micro in zip(*(torch.split(part, micro_rows) for part in parts), strict=True):
+        micros = list(zip(*(torch.split(part, micro_rows) for part in parts), strict=True))
+        for index, micro in enumerate(micros, start=1):
             masked = self.config.document_mask and bool(micro[2].any())  # 0 throughout: one document a row
             micro_inputs, micro_answers, micro_documents = (part.to(device) for part in micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
@@ -171,7 +196,8 @@ class Updater:
                     self.model, micro_inputs, micro_answers, micro_documents if masked else None
                 )
             mean = loss_sum / targets
-            torch.autograd.backward(mean)
+            self.gradients.expect(last=index == len(micros))
+            torch.autograd.backward(mean * self.gradients.scale)
             self.gradients.losses += torch.stack([mean.detach(), nll_sum / targets])
 
     def _objection(self, nll: float, gradient_norm: float) -> str | None:
@@ -196,3 +222,12 @@ class Updater:
             file=self.run.ledger_path,
             fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
         )
+
+
+def _whole_model(run: Run) -> OpenELM:
+    return OpenELM(run.model_config).to(run.device)
+
+
+def _number(norm: Tensor) -> float:
+    """Read a norm that may be spread over processes."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

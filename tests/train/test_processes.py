@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from openelm.model.folder import read_tensors
+from openelm.model.transformer import OpenELM
+from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number, read_ledger
 
@@ -158,6 +162,64 @@ def test_a_stop_signal_to_any_process_saves_and_stops_all(
         assert process.returncode == 75, errors
         assert "everything is saved" in errors
     assert bench.events(tmp_path / "run", "stop")
+
+
+SHARDED = (*SETTINGS, "train.shard_processes=2")
+
+
+@pytest.fixture(scope="module")
+def sharded(launch: Launch, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that share one copy of the model."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    launch.run(folder, 2, *SHARDED)
+    return folder
+
+
+def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path
+) -> None:
+    """Sums of two numbers have no order; what differs is the last bit of norms and of updates of short vectors."""
+    launch.run(tmp_path / "run", 2, *SETTINGS)
+    expected = load_checkpoint(tmp_path / "run", 12).weights
+    for name, weight in load_checkpoint(sharded, 12).weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(bench.history(sharded), bench.history(tmp_path / "run"), strict=True):
+        assert found[-1] == wanted[-1]
+        assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
+
+
+def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Path) -> None:
+    folder = checkpoint_folder(sharded, 12)
+    names = {path.name for path in folder.glob("*.safetensors")}
+    assert names == {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
+    whole = load_checkpoint(sharded, 12)
+    model = bench.open(sharded, *SHARDED).model_config
+    expected = {name: tuple(value.shape) for name, value in OpenELM(model).state_dict().items()}
+    assert {name: tuple(value.shape) for name, value in whole.weights.items()} == expected
+    sizes = [sum(value.numel() for value in read_tensors(folder / name).values()) for name in sorted(names)[:2]]
+    assert max(sizes) < 0.6 * sum(sizes)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_shared_run_goes_on_alone_and_at_more_processes(
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, count: int
+) -> None:
+    """4 processes with 2 a copy are the hybrid of both. Sums are taken in another order: losses within 1e-3."""
+    shutil.copytree(sharded, tmp_path / "run")
+    for step in (9, 12):
+        shutil.rmtree(checkpoint_folder(tmp_path / "run", step))
+    launch.run(tmp_path / "run", count, *SHARDED)
+    for found, expected in zip(bench.history(tmp_path / "run"), bench.history(sharded), strict=True):
+        assert found[-1] == expected[-1]
+        assert number(found[4]) == pytest.approx(number(expected[4]), rel=1e-3)
+    assert bench.fingerprint(tmp_path / "run", 6) == bench.fingerprint(sharded, 6)
+
+
+def test_exact_sums_need_whole_gradients(bench: Any) -> None:
+    from openelm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="shard_processes 1"):
+        bench.config(*EXACT, "train.shard_processes=2")
 
 
 def test_when_a_process_dies_the_others_say_which_and_stop(launch: Launch, tmp_path: Path) -> None:
