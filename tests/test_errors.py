@@ -15,6 +15,7 @@ from openelm.errors import (
     DiskError,
     NumericError,
     OpenELMError,
+    ProcessError,
     Stopped,
     VerificationError,
     printable,
@@ -29,6 +30,7 @@ EXIT_CODES = {
     NumericError: 6,
     VerificationError: 7,
     Stopped: 75,
+    ProcessError: 75,
 }
 
 

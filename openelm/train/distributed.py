@@ -13,16 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openelm.errors import ConfigError, OpenELMError
+from openelm.errors import ConfigError, ProcessError
 
 T = TypeVar("T")
 _SEEN = "openelm/seen"
-
-
-class ProcessError(OpenELMError):
-    """Another process of the run died or does not answer; the last checkpoint is intact."""
-
-    code, exit_code = "E_PROCESS", 75
 
 
 class Processes:
