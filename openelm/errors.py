@@ -104,7 +104,7 @@ class Stopped(OpenELMError):
     code, exit_code = "E_STOPPED", 75
 
 
-class ProcessError(OpenELMError):
+class ProcessError(Stopped):
     """Another process of the run died or does not answer; the same command goes on from the last checkpoint."""
 
-    code, exit_code = "E_PROCESS", 75
+    code = "E_PROCESS"

@@ -15,7 +15,6 @@ from openelm.errors import (
     DiskError,
     NumericError,
     OpenELMError,
-    ProcessError,
     Stopped,
     VerificationError,
     printable,
@@ -30,7 +29,6 @@ EXIT_CODES = {
     NumericError: 6,
     VerificationError: 7,
     Stopped: 75,
-    ProcessError: 75,
 }
 
 
