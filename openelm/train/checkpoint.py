@@ -34,6 +34,8 @@ class CheckpointConfig(Config):
     keep_last: Annotated[int, Field(ge=2)] = 5
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Also keep each checkpoint whose step is a multiple of this; 0 keeps only the last ones."""
+    background: bool = False
+    """Whether training goes on while a copy of the state is written; costs the memory of the copy."""
 
 
 class Tensors(Mapping[str, Tensor]):

@@ -10,27 +10,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from openelm.data.document import Drops, add_drops
 from openelm.data.stream import Batch
-from openelm.errors import CheckpointError, ConfigError, NumericError, Stopped
+from openelm.errors import CheckpointError, ConfigError, NumericError, Stopped, VerificationError
 from openelm.files import canonical_json, make_folder, set_aside, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
 from openelm.model.folder import weights_sha256
-from openelm.model.parts import own_part
+from openelm.model.parts import own_part, parts
 from openelm.model.transformer import OpenELM
 from openelm.train.checkpoint import (
     checkpoint_folder,
     clean_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     thin_checkpoints,
 )
 from openelm.train.distributed import ALONE, Processes
 from openelm.train.ledger import Ledger
 from openelm.train.objectives import Objective
 from openelm.train.run import Run, environment
+from openelm.train.saving import Saver
 from openelm.train.update import Event, Updater
 
 Observer = Callable[[Event], None]
@@ -86,7 +87,8 @@ def train(
             make_folder(run.folder / "checkpoints")
             clean_checkpoints(run.folder)
             ledger = opened.enter_context(Ledger(run.ledger_path))
-        return _Trainer(run, objective, probes, observers, ledger, processes).train(open_batches)
+        saver = opened.enter_context(Saver(run.folder, processes, background=run.config.checkpoints.background))
+        return _Trainer(run, objective, probes, observers, ledger, saver, processes).train(open_batches)
 
 
 def _check_processes(run: Run, processes: Processes) -> None:
@@ -108,10 +110,11 @@ class _Trainer:
         probes: Sequence[Probe],
         observers: Sequence[Observer],
         ledger: Ledger | None,
+        saver: Saver,
         processes: Processes,
     ) -> None:
         self.run, self.probes, self.observers = run, probes, observers
-        self.ledger, self.processes = ledger, processes
+        self.ledger, self.saver, self.processes = ledger, saver, processes
         self.config = run.config.train
         self.updater = Updater(run, objective, processes)
         self.state = self.updater.state
@@ -136,9 +139,12 @@ class _Trainer:
                 last = self.state.step == self.config.steps
                 self._measure(last)
                 self.state.seconds = clock.seconds()
+                self._take(wait=False)
                 stopping = self.processes.any_true(bool(stop_signals))
                 if stopping or last or self.state.step % self.run.config.checkpoints.every == 0:
                     self._save(self._all_cursors(batches))
+                if (stopping or last) and self.run.config.checkpoints.background:
+                    self._take(wait=True)
                 if stopping and not last:
                     self._stop(stop_signals[0] if stop_signals else "another process")
         self._finish(self._all_drops(batches))
@@ -269,8 +275,10 @@ class _Trainer:
 
         Raises:
             NumericError: a weight is not finite.
+            VerificationError: processes that must hold the same weights do not.
         """
         weights, moments, step = self.updater.model.state_dict(), self.updater.moments(), self.state.step
+        self._compare(weights)
         if self.processes.any_true(not all(bool(torch.isfinite(own_part(value)).all()) for value in weights.values())):
             raise NumericError(
                 f"weights are not finite at step {step}; no checkpoint was written",
@@ -278,15 +286,35 @@ class _Trainer:
             )
         self._sync()
         head = self.ledger.head if self.ledger else ""
-        state = {**self.state.to_json(), "cursors": cursors, "ledger_head": head}
-        saved = save_checkpoint(self.run.folder, step, weights, moments, state, self.processes)
+        self._take(wait=True)
+        self.saver.save(step, weights, moments, {**self.state.to_json(), "cursors": cursors, "ledger_head": head})
+        self._take(wait=not self.run.config.checkpoints.background)
+
+    def _compare(self, weights: Mapping[str, Tensor]) -> None:
+        """Compare the weights of processes that hold the same ones."""
+        if self.processes.count == 1:
+            return
+        _, count = parts(weights)
+        digest = weights_sha256({name: own_part(value) for name, value in weights.items()})
+        digests = self.processes.gather_json(digest)
+        for rank, found in enumerate(digests):
+            if found != digests[rank % count]:
+                raise VerificationError(
+                    f"the weights of process {rank} differ from those of process {rank % count} at step "
+                    f"{self.state.step}; no checkpoint was written",
+                    fix="a machine computes wrongly: the same command goes on from the last checkpoint without it",
+                )
+
+    def _take(self, *, wait: bool) -> None:
+        """Record a checkpoint that was saved, and thin the older ones."""
+        saved = self.saver.take(wait=wait)
         if saved is None:
             return
         self._record(
             {
                 "event": "checkpoint",
-                "step": step,
-                "folder": str(checkpoint_folder(self.run.folder, step).relative_to(self.run.folder)),
+                "step": saved.step,
+                "folder": str(checkpoint_folder(self.run.folder, saved.step).relative_to(self.run.folder)),
                 "manifest_sha256": saved.manifest_sha256,
                 "weights_sha256": weights_sha256(saved.weights),
                 "optimizer_sha256": weights_sha256(saved.optimizer),

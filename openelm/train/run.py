@@ -75,6 +75,8 @@ class TrainConfig(Config):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
+    recheck_every: Count = 0
+    """Compute the gradients of the steps that are multiples of this twice, and stop if they differ; 0: never."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """What to do with an update whose loss or gradient is not finite."""
     max_skips: Positive = 5
@@ -92,6 +94,8 @@ class TrainConfig(Config):
             raise ValueError(f"shards {self.shards} must be a power of two that divides rows {self.rows}")
         if self.numerics == "exact" and self.shard_processes > 1:
             raise ValueError("numerics 'exact' adds up whole gradients: it needs shard_processes 1")
+        if self.recheck_every and self.shard_processes > 1:
+            raise ValueError("recheck_every compares whole gradients: it needs shard_processes 1")
         return self
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from openelm.data.stream import Batch, batch_sha256
-from openelm.errors import NumericError
+from openelm.errors import NumericError, VerificationError
 from openelm.model.parts import fill
 from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
@@ -127,6 +127,8 @@ class Updater:
         totals = self._totals(batch)
         rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
         loss, nll = self._accumulate(batch, max(1, totals.targets))
+        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
+            loss, nll = self._recheck(batch, max(1, totals.targets))
         norm = _number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
         reason = self._objection(nll, norm)
         skipped = reason is not None and self._policy(reason) == "skip"
@@ -181,6 +183,23 @@ class Updater:
             self.processes.add_in_tree(self.gradients.values)
         loss_sum, nll_sum = self.gradients.losses.tolist()
         return loss_sum, nll_sum
+
+    def _recheck(self, batch: Batch, targets: int) -> tuple[float, float]:
+        """Compute the gradients once more and compare them bit for bit.
+
+        Raises:
+            VerificationError: they differ, so this machine does not compute reliably.
+        """
+        assert isinstance(self.gradients, FlatGradients)
+        before = self.gradients.values.clone()
+        self.gradients.clear()
+        losses = self._accumulate(batch, targets)
+        if torch.equal(before.view(torch.int32), self.gradients.values.view(torch.int32)):
+            return losses
+        raise VerificationError(
+            f"the gradients of step {self.state.step + 1} came out differently the second time",
+            fix="this machine, or a kernel it uses, does not compute the same twice; the last checkpoint is intact",
+        )
 
     def _add_rows(self, batch: Batch, rows: slice, targets: int) -> None:
         """Add the gradients and the mean losses of some rows, a few rows at a time."""
