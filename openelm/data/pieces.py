@@ -76,8 +76,8 @@ class PieceLane:
         Raises:
             DataError: a bad row under the policy "error", a damaged or changed file, or no usable piece.
         """
-        finished = 0
-        for dropped in range(DROPS_IN_A_ROW):
+        dropped = finished = 0
+        while dropped < DROPS_IN_A_ROW:
             index = choose_source(self._taken_tokens, self._weights, self._number)
             reader = self._sources[index]
             if finished > 64 * reader.source.rows:
@@ -103,6 +103,7 @@ class PieceLane:
                 self._taken_tokens[index] += len(tokens)
                 return self._padded(tokens)
             add_drops(self._drops, {reader.source.name: {reason: 1}})
+            dropped += 1
         raise nothing_usable(dropped, self._number, self._drops)
 
     def _tokenize(self, piece: str) -> tuple[Sequence[int], str | None]:
@@ -160,7 +161,7 @@ def text_mender() -> Callable[[str], str]:
         import ftfy  # here, because only this way of packing needs it
     except ImportError:
         fix = "pip install 'openelm-framework[apple]', or set data.packing = \"documents\""
-        raise ConfigError("data.packing = \"apple\" needs the package ftfy", fix=fix) from None
+        raise ConfigError('data.packing = "apple" needs the package ftfy', fix=fix) from None
     return partial(ftfy.fix_text, config=ftfy.TextFixerConfig(normalization="NFC"))
 
 

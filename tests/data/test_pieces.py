@@ -17,9 +17,7 @@ from openelm.data.manifest import SourceConfig, build_manifest
 from openelm.data.stream import DataConfig
 from openelm.errors import ConfigError, DataError
 
-needs_ftfy = pytest.mark.skipif(
-    importlib.util.find_spec("ftfy") is None, reason="the extra `apple` is not installed"
-)
+needs_ftfy = pytest.mark.skipif(importlib.util.find_spec("ftfy") is None, reason="the extra `apple` is not installed")
 SETTINGS = {"packing": "apple", "min_characters": 40, "min_tokens": 100}
 
 
@@ -30,7 +28,14 @@ def long_texts() -> list[str]:
     words = ["model", "schÃ¶n", "“quoted”", "cafe\u0301", "&lt;b&gt;", "...", "你好", "two\nlines", "", "ﬁne"]
     lengths = [0, 1, 3, 12, 2047, 2048, 2049, 4097, 6200, *random.integers(0, 400, 12)]
     texts = [f"{at:03d} " + " ".join(random.choice(words, length)) for at, length in enumerate(lengths)]
-    return [*texts, "", "  \n", "a word " * 9, "x " * 2048, ". " * 3000 + "the end of it is long enough to be kept here " * 9]
+    return [
+        *texts,
+        "",
+        "  \n",
+        "a word " * 9,
+        "x " * 2048,
+        ". " * 3000 + "the end of it is long enough to be kept here " * 9,
+    ]
 
 
 def published_rows(text, tokenizer, length, min_characters, min_tokens):
@@ -78,16 +83,16 @@ def expected_of_lane(texts, order, lane, count, tokenizer, length, settings):
 
 
 @needs_ftfy
-@pytest.mark.parametrize("length, lanes", [(512, 1), (9000, 2)])
+@pytest.mark.parametrize("length, lanes", [(512, 1), (12000, 2)])
 def test_rows_are_those_of_the_published_steps(open_stream, write_jsonl, long_texts, tokenizer, length, lanes):
     path = write_jsonl(long_texts)
     source = build_manifest([SourceConfig(name="text", paths=(str(path),))]).sources[0]
     order = DocumentOrder(source, seed=4, lanes=lanes)
     stream = open_stream(path, seed=4, rows=lanes, lanes=lanes, length=length, **SETTINGS)
-    batches = [next(stream) for _ in range(60)]
+    batches = [next(stream) for _ in range(30)]
     drops: dict[str, int] = {}
     for lane in range(lanes):
-        rows, dropped = expected_of_lane(long_texts, order, lane, 60, tokenizer, length, SETTINGS)
+        rows, dropped = expected_of_lane(long_texts, order, lane, 30, tokenizer, length, SETTINGS)
         for batch, (inputs, targets) in zip(batches, rows, strict=True):
             known = [token for token in inputs if token is not None]
             assert batch.inputs[lane, : len(known)].tolist() == known
@@ -116,10 +121,11 @@ def test_text_is_mended_and_composed(open_stream, write_jsonl, tokenizer):
 
 @needs_ftfy
 @pytest.mark.parametrize("rows, lanes", [(4, 4), (2, 8), (6, 3)])
-def test_resume_at_every_row_is_the_undisturbed_stream(open_stream, write_jsonl, long_texts, rows, lanes):
-    path = write_jsonl(long_texts)
+def test_resume_at_every_row_is_the_undisturbed_stream(open_stream, write_jsonl, texts, monkeypatch, rows, lanes):
+    monkeypatch.setattr("openelm.data.pieces.PIECE_WORDS", 16)  # so that short texts have many pieces
+    path = write_jsonl([*texts, "", " "])
     manifest = build_manifest([SourceConfig(name="text", paths=(str(path),))])
-    shape = {"rows": rows, "lanes": lanes, "length": 64, "manifest": manifest, **SETTINGS}
+    shape = {"rows": rows, "lanes": lanes, "length": 64, "manifest": manifest, **SETTINGS, "min_tokens": 64}
     stream = open_stream(path, **shape)
     hashes, states = [], [json.dumps(stream.cursors())]
     for _ in range(24):
@@ -134,8 +140,8 @@ def test_resume_at_every_row_is_the_undisturbed_stream(open_stream, write_jsonl,
 
 
 @needs_ftfy
-def test_cursors_do_not_grow(open_stream, write_jsonl, long_texts):
-    stream = open_stream(write_jsonl(long_texts), rows=1, lanes=1, length=64, **SETTINGS)
+def test_cursors_do_not_grow(open_stream, write_jsonl, texts):
+    stream = open_stream(write_jsonl(texts), rows=1, lanes=1, length=64, **SETTINGS)
     numbers = []
     for _ in range(80):
         next(stream)
@@ -148,15 +154,15 @@ def test_cursors_do_not_grow(open_stream, write_jsonl, long_texts):
 def test_batches_are_the_same_for_every_number_of_workers(open_stream, write_jsonl, long_texts):
     path = write_jsonl(long_texts)
     outcomes = []
-    for workers in (0, 1, 3):
+    for workers in (0, 2):
         with open_stream(path, rows=8, lanes=4, length=64, workers=workers, **SETTINGS) as stream:
-            outcomes.append(([next(stream).sha256 for _ in range(8)], json.dumps(stream.cursors()), stream.counts()))
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+            outcomes.append(([next(stream).sha256 for _ in range(2)], json.dumps(stream.cursors()), stream.counts()))
+    assert outcomes[0] == outcomes[1]
 
 
 @needs_ftfy
-def test_sources_share_the_tokens_that_are_not_padding_within_one_row(open_stream, write_jsonl, long_texts):
-    paths = [write_jsonl([text + mark for text in long_texts], f"{mark}.jsonl") for mark in "AB"]
+def test_sources_share_the_tokens_that_are_not_padding_within_one_row(open_stream, write_jsonl, texts):
+    paths = [write_jsonl([text + mark for text in texts], f"{mark}.jsonl") for mark in "AB"]
     sources = [
         {"name": path.stem, "paths": (str(path),), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)
     ]
