@@ -64,7 +64,7 @@ def test_a_question_in_the_training_text_is_found_and_a_run_leaves_its_document_
     assert report["documents"] == 24 and report["listed"] == {"prose": 1} and report["against"][0]["met"] == 6
     run = tmp_path / "run"
     excluded = f"data.exclude_documents={folder / 'exclude.jsonl'}"
-    assert main(["train", str(clean_recipe), "--out", str(run), "train.steps=120", excluded]) == 0
+    assert main(["train", str(clean_recipe), "--out", str(run), "train.rows=32", "checkpoints.every=9", excluded]) == 0
     finish = lines(run / "ledger.jsonl")[-1]
     assert finish["event"] == "finish" and finish["dropped"]["prose"]["contaminated"] >= 1
 
