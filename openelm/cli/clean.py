@@ -122,13 +122,14 @@ def _manifest(arguments: argparse.Namespace, console: Console) -> Manifest:
 def _print_result(console: Console, listed: Counter[str], documents: int, path: Path) -> None:
     total = listed.total()
     for name, number in listed.items():
-        console.print(f"{name}: {number:,} documents listed", markup=False, soft_wrap=True)
+        console.print(f"{name}: {number:,} listed", markup=False, soft_wrap=True)
     console.print(
         f"{total:,} of {documents:,} documents ({total / max(1, documents):.2%}) are in {path}",
         markup=False,
         soft_wrap=True,
     )
-    console.print(f'next     data.exclude_documents = "{path}" in a recipe', markup=False, soft_wrap=True)
+    if total:
+        console.print(f'next     data.exclude_documents = "{path}" in a recipe', markup=False, soft_wrap=True)
 
 
 @contextmanager

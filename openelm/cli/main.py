@@ -86,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_models(verbs)
     _add_talking(verbs)
-    data = verbs.add_parser("data", help="look after training text before a run", description="Look after text.")
+    data = verbs.add_parser(
+        "data", help="look after training text before a run", description="Look after training text before a run."
+    )
     _add_clean(data.add_subparsers(dest="action", required=True, metavar="ACTION"))
     return parser
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from openelm.data.document import MAX_DOCUMENT_BYTES
-from openelm.data.filters import normalize
 from openelm.data.manifest import unreadable
 from openelm.data.readers import format_of
 from openelm.data.readers.lines import read_lines
 from openelm.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]
+_WORD = re.compile(r"[^\W_]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so no word's bits are lost
 
 
@@ -51,8 +53,8 @@ class EvaluationFile:
 class NgramIndex:
     """All n-grams of the evaluation texts as sorted 64-bit hashes: 8 bytes an n-gram, whatever the corpus.
 
-    Texts are compared in lower case, without ASCII punctuation, word by word. Of m and k different n-grams some
-    pair is taken for equal with probability m · k / 2^64.
+    Texts are compared word by word: runs of letters and digits in lower case (NFKC), whatever stands between them.
+    Of m and k different n-grams some pair is taken for equal with probability m · k / 2^64.
 
     Args:
         files: text files (one text each), JSON Lines and Parquet (each string of a row is one text).
@@ -69,7 +71,7 @@ class NgramIndex:
             texts = too_short = 0
             parts: list[Hashes] = []
             for text in evaluation_texts(path):
-                hashes = _ngrams(normalize(text).split(), words)
+                hashes = _ngrams(_words(text), words)
                 texts, too_short = texts + 1, too_short + (not len(hashes))
                 parts.append(hashes)
             unique = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
@@ -82,7 +84,7 @@ class NgramIndex:
 
     def overlap(self, text: str) -> Overlap:
         """Compare one document, and remember which n-grams it holds."""
-        words = normalize(text).split()
+        words = _words(text)
         hashes = _ngrams(words, self._words)
         if not len(hashes):
             return Overlap(0, 0.0)
@@ -102,6 +104,11 @@ class NgramIndex:
             EvaluationFile(path, texts, short, len(unique), int(self._met[np.searchsorted(self._known, unique)].sum()))
             for path, texts, short, unique in self._files
         ]
+
+
+def _words(text: str) -> list[str]:
+    # Not the filters' normalisation, which makes one word of "be--that": editions differ in such marks.
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _ngrams(words: Sequence[str], count: int) -> Hashes:
