@@ -25,6 +25,8 @@ _HANDLERS = {
     "inspect": ("models", "inspect"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "data decontaminate": ("clean", "decontaminate"),
+    "data dedup": ("clean", "dedup"),
 }
 _EPILOG = """start here:
   openelm demo                                  text in, a talking model out, in about ten minutes on two cores
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # times slower as soon as another program wants a core; with a short wait it is as fast and stays fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        module, function = _HANDLERS[parsed.verb]
+        module, function = _HANDLERS[" ".join(filter(None, (parsed.verb, getattr(parsed, "action", None))))]
         handler: Callable[[argparse.Namespace], int] = getattr(
             importlib.import_module(f"openelm.cli.{module}"), function
         )
@@ -84,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_models(verbs)
     _add_talking(verbs)
+    data = verbs.add_parser(
+        "data", help="look after training text before a run", description="Look after training text before a run."
+    )
+    _add_clean(data.add_subparsers(dest="action", required=True, metavar="ACTION"))
     return parser
 
 
@@ -182,6 +188,63 @@ def _add_talking(verbs: Verbs) -> None:
     for parser in (generate, chat):
         _add_sampling(parser)
         _add_device(parser)
+
+
+def _add_clean(actions: Verbs) -> None:
+    decontaminate = _verb(
+        actions,
+        "decontaminate",
+        "list the training documents that hold pieces of evaluation texts",
+        "openelm data decontaminate my-recipe.toml --against benchmarks/*.jsonl --out lists/benchmarks",
+    )
+    _add_text(decontaminate)
+    decontaminate.add_argument(
+        "--against",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="evaluation texts: .txt (one text), .jsonl(.gz/.zst) or .parquet (each string of each row is a text)",
+    )
+    decontaminate.add_argument("--out", required=True, help="new folder for exclude.jsonl and report.json")
+    decontaminate.add_argument(
+        "--words", type=int, default=13, metavar="N", help="words in a row that count as a match (default: %(default)s)"
+    )
+    decontaminate.add_argument(
+        "--min-share",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="list only documents with at least this part of their words in matches (default: %(default)s, any match)",
+    )
+    dedup = _verb(
+        actions,
+        "dedup",
+        "list the training documents that say again what an earlier one says",
+        "openelm data dedup exact data/web data/books --out lists/duplicates.jsonl",
+    )
+    dedup.add_argument(
+        "method",
+        choices=("exact", "minhash"),
+        help="exact: equal but for case, ASCII punctuation and spaces; minhash: nearly equal (the extra `dedup`)",
+    )
+    _add_text(dedup)
+    dedup.add_argument("--out", required=True, metavar="FILE", help="the list to write, a .jsonl file")
+    dedup.add_argument(
+        "--words", type=int, default=5, metavar="N", help="minhash: words in a row (default: %(default)s)"
+    )
+    dedup.add_argument("--bands", type=int, default=14, metavar="B", help="minhash: bands (default: %(default)s)")
+    dedup.add_argument(
+        "--hashes", type=int, default=8, metavar="R", help="minhash: hashes a band (default: %(default)s)"
+    )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="+", metavar="RECIPE_OR_PATH", help="a .toml recipe, for its sources; or files, folders and globs"
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="column or key of paths (default: %(default)s)"
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

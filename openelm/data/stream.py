@@ -16,11 +16,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from openelm.config import Config
 from openelm.data.document import Drops, add_drops
+from openelm.data.exclude import load_exclusions
 from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.pieces import pieces_fingerprint
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
 from openelm.text.tokenizer import Tokenizer
@@ -30,7 +32,7 @@ _CLOSE_SECONDS = 2.0
 
 
 class DataConfig(Config):
-    """What to read and how; none of it but the sources, lanes and filters changes what a model sees."""
+    """What to read and how; what changes what a model sees is in the fingerprint of its cursors."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     lanes: PositiveInt = 16
@@ -43,6 +45,15 @@ class DataConfig(Config):
     """Processes that read and tokenise; 0: in the training process."""
     read_ahead_batches: PositiveInt = 4
     on_bad_row: Literal["error", "skip"] = "error"
+    packing: Literal["documents", "apple"] = "documents"
+    """`documents`: rows without gaps. `apple`: the published way, a padded row for each 2,048 words."""
+    exclude_documents: tuple[str, ...] = ()
+    """Lists written by `openelm data decontaminate` and `openelm data dedup`, of documents not to train on."""
+
+    @field_validator("exclude_documents", mode="before")
+    @classmethod
+    def _one_list_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +62,7 @@ class Batch:
 
     Args:
         inputs: int64 (rows, length).
-        targets: int64 (rows, length), the next token, or -100 where that is another document's first.
+        targets: int64 (rows, length), the next token, or -100 where that is another document's first or padding.
         documents: int32 (rows, length), the index of each input's document within its row.
         target_bytes: UTF-8 bytes of text that the targets stand for.
         row_sha256: uint8 (rows, 32), the hash of each row's little-endian inputs, then targets.
@@ -122,12 +133,19 @@ class BatchStream:
             "min_characters": config.min_characters,
             "min_tokens": config.min_tokens,
         }
+        excluded = None
+        if config.packing == "apple":
+            self._fingerprint.update(pieces_fingerprint())
+        if config.exclude_documents:
+            excluded = load_exclusions(config.exclude_documents, manifest)
+            self._fingerprint["exclude_documents"] = excluded.sha256
         self._step, self._cursors = _restore(cursors, self._fingerprint, config.lanes)
         self._rows, self._lanes, self._part = rows, config.lanes, part
         self._byte_lengths = tokenizer.byte_lengths().astype(np.int64)
         job = Job(
             manifest.to_json(), str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
+            config.packing, excluded,
         )  # fmt: skip
         lanes = range(part[0], config.lanes, part[1])
         count = min(config.workers, len(lanes))
@@ -245,13 +263,13 @@ def _batch(
     tokens: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], byte_lengths: npt.NDArray[np.int64]
 ) -> Batch:
     inputs = tokens[:, :-1].astype("<i8")
-    same = documents[:, 1:] == documents[:, :-1]
+    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)  # below 0: padding
     targets = np.where(same, tokens[:, 1:], IGNORED_TARGET).astype("<i8")
     pairs = zip(inputs, targets, strict=True)
     digests = bytearray().join(hashlib.sha256(row.tobytes() + answers.tobytes()).digest() for row, answers in pairs)
     row_sha256 = np.frombuffer(digests, np.uint8).reshape(len(inputs), 32)
     target_bytes = int(byte_lengths[targets[same]].sum())
-    return Batch(inputs, targets, np.ascontiguousarray(documents[:, :-1]), target_bytes, row_sha256)
+    return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256)
 
 
 class _WorkerProcess:
