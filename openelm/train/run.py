@@ -279,7 +279,7 @@ def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: 
     try:
         stored = json.loads(path.read_bytes())
         before = _comparable(stored)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
@@ -306,7 +306,7 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
         key: description["environment"].get(key) for key in ("openelm", "torch", "precision", "cpu_capability")
     }
     return {
-        **description["config"],
+        **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
         "tokenizer_sha256": description["tokenizer"]["sha256"],
