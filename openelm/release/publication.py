@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import Field
 from openelm.data.manifest import Manifest
 from openelm.errors import CheckpointError, VerificationError
 from openelm.files import canonical_json, sha256_bytes
-from openelm.train.checkpoint import checkpoint_folder, checkpoint_steps
+from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.ledger import read_lines, valid_events
 from openelm.train.run import RunConfig
 
@@ -26,6 +27,7 @@ def _exact(text: str) -> str:
     return text
 
 
+_CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,12}")
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex = Annotated[str, pydantic.AfterValidator(_exact)]
@@ -208,7 +210,10 @@ class Publication:
     @functools.cached_property
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that are still there, and that the history reaches."""
-        return [step for step in checkpoint_steps(self.folder) if step <= len(self.steps)]
+        folder = self.folder / "checkpoints"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        steps = sorted(int(name[5:]) for name in names if _CHECKPOINT_NAME.fullmatch(name))
+        return [step for step in steps if 0 < step <= len(self.steps) and self.checkpoint(step).name in names]
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder, step)
