@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from openelm.errors import CheckpointError, ConfigError, NumericError, OpenELMError, VerificationError, printable
+from openelm.errors import DataError, OpenELMError, VerificationError, printable
 
 VERIFIED, FAILED = "verified", "failed"
 OTHER_NUMERICS = "other numerics"
@@ -60,11 +60,18 @@ class Findings:
 
         Raises:
             VerificationError: what it found; also for what the publication's own files made other code refuse.
+            DataError: the verifier's copy of the data cannot be read.
         """
         try:
             detail = check()
-        except (CheckpointError, ConfigError, NumericError, VerificationError) as error:
+        except OpenELMError as error:
+            if isinstance(error, DataError) and self.level > 0:
+                raise  # the verifier's own copy of the data
             self.difference = _as_difference(error, what)
+            raise self.difference from None
+        except OSError as error:
+            unreadable = f"{what}: a file cannot be read: {error.strerror}"
+            self.difference = VerificationError(unreadable, file=error.filename)
             raise self.difference from None
         self.checked.append(Note(self.level, what, printable(detail)))
 

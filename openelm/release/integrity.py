@@ -101,9 +101,6 @@ def _settings(publication: Publication, tokenizer: Tokenizer, findings: Findings
     }
     for name, value in derived.items():
         expect(name, _plain(getattr(described, name)), _plain(value), path)
-    expect("data.sha256", described.data.get("sha256"), publication.data.sha256, path)
-    if described.held_out is not None and publication.held_out is not None:
-        expect("held_out.sha256", described.held_out.get("sha256"), publication.held_out.sha256, path)
     expect("whether there is held-out text", bool(config.held_out), publication.held_out is not None, path)
     facts = {
         "data_sha256": publication.data.sha256,
@@ -173,6 +170,8 @@ def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[
     if found and found != expected:
         odd = sorted(found.items() ^ expected.items())[0][0]
         raise VerificationError(f"the optimizer's tensor {odd!r} does not fit the model", file=path / OPTIMIZER)
+    for name, tensor in (*weights.items(), *moments.items()):
+        expect(f"dtype of {name}", str(tensor.dtype), "torch.float32", path)
     saved = publication.saved.get(step)
     if saved is None:
         _unrecorded(publication, step, manifest, state, findings)

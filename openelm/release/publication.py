@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field
 
 from openelm.data.manifest import Manifest
-from openelm.errors import CheckpointError, VerificationError
+from openelm.errors import DataError, VerificationError
 from openelm.files import canonical_json, sha256_bytes
 from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.ledger import read_lines, valid_events
@@ -220,23 +220,38 @@ class Publication:
 
     @functools.cached_property
     def data(self) -> Manifest:
-        return Manifest.from_json({"sources": self.description.data.get("sources")})
+        """The training files as `run.json` lists them.
+
+        Raises:
+            VerificationError: the list does not have the hash it claims.
+        """
+        return self._manifest("data", self.description.data)
 
     @functools.cached_property
     def held_out(self) -> Manifest | None:
+        """The held-out files, likewise."""
         recorded = self.description.held_out
-        return None if recorded is None else Manifest.from_json({"sources": recorded.get("sources")})
+        return None if recorded is None else self._manifest("held_out", recorded)
+
+    def _manifest(self, name: str, recorded: Mapping[str, Any]) -> Manifest:
+        try:
+            manifest = Manifest.from_json({"sources": recorded.get("sources")})
+            digest = manifest.sha256
+        except (DataError, ValueError, TypeError) as error:
+            raise VerificationError(f"{name} is no manifest: {error}", file=self.folder / "run.json") from None
+        if recorded.get("sha256") != digest:
+            what = f"{name}.sha256 is {recorded.get('sha256')!r}, but its files hash to {digest}"
+            raise VerificationError(what, file=self.folder / "run.json")
+        return manifest
 
 
 def read_publication(folder: Path) -> Publication:
     """Read `run.json` and the ledger.
 
     Raises:
-        CheckpointError: there is no run here.
-        VerificationError: the chain is broken, or a line or setting is not what this framework writes.
+        CheckpointError: the chain is broken.
+        VerificationError: a line or setting is not what this framework writes.
     """
-    if not (folder / "run.json").exists():
-        raise CheckpointError("run.json is missing", file=folder, fix="give a run folder")
     description = parse(Description, read_json(folder / "run.json"), folder / "run.json")
     config = RunConfig.parse(description.config, file=folder / "run.json")
     ledger = plain(folder / "ledger.jsonl")

@@ -129,13 +129,12 @@ class _Replay:
                 events, error = self._updater.update(next(stream))
                 self._compare_events(update, events)
                 if error is None:
+                    self._compare_saved(update)
                     self._compare_measurements(update)
-                    self._compare_hashes(update)
                 advance(update)
         how = "within tolerances" if self._tolerant else "bit by bit"
         if segment.end not in publication.checkpoints:
             return f"every line, {how}; no checkpoint at the end"
-        self._compare_state(segment.end)
         return f"every line, and the weights, moments and counters at the end, {how}"
 
     def _compare_events(self, update: int, events: Sequence[Event]) -> None:
@@ -162,10 +161,12 @@ class _Replay:
                 _same(f"step {update}: text of the sample", line.text, found["text"], self._publication.ledger)
         model.train()
 
-    def _compare_hashes(self, update: int) -> None:
-        """Compare with what the ledger says about a checkpoint, even if that one is not there any more."""
+    def _compare_saved(self, update: int) -> None:
+        """Compare with a checkpoint, or with its hashes in the ledger if it is not there any more."""
+        if update in self._publication.checkpoints:
+            return self._compare_state(update)
         saved = self._publication.saved.get(update)
-        if saved is None or self._tolerant or update in self._publication.checkpoints:
+        if saved is None or self._tolerant:
             return
         for name, recorded, tensors in (
             ("weights_sha256", saved.weights_sha256, self._updater.model.state_dict()),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from openelm.errors import VerificationError
+from openelm.errors import CheckpointError, VerificationError
 from openelm.release.findings import Findings, Note, Progress
 from openelm.release.ground import (
     LOSS_TOLERANCE,
@@ -51,6 +51,8 @@ def verify_run(
         CheckpointError: the folder holds no run.
         DataError: the verifier's copy of the data is missing or another.
     """
+    if not (folder / "run.json").exists():
+        raise CheckpointError("run.json is missing", file=folder, fix="give a run folder")
     findings = Findings(level=0, seed=seed)
     threads = torch.get_num_threads()
     try:

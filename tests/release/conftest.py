@@ -25,7 +25,7 @@ from openelm.train.loop import train
 from openelm.train.objectives import NextToken
 from openelm.train.run import RunConfig, open_run
 
-WORDS = "the a old red quiet cat dog king river house storm sees finds loves fears and it of to in".split()
+WORDS = ["the", "old", "red", "cat", "dog", "king", "river", "house", "storm", "sees", "finds", "and", "it", "of"]
 Events = list[dict[str, Any]]
 
 
@@ -69,7 +69,7 @@ class Workshop:
             "train": {"steps": 12, "rows": 4, "length": 16, "precision": "fp32", "device": "cpu"},
             "schedule": {"peak": 0.01, "warmup_steps": 2},
             "checkpoints": {"every": 3, "keep_last": 5},
-            "evaluation": {"every": 6, "max_bytes": 256, "prompts": ["the"], "sample_tokens": 4},
+            "evaluation": {"every": 6, "max_bytes": 64, "prompts": ["the"], "sample_tokens": 2},
         }
         return RunConfig.parse(apply_overrides(recipe, overrides))
 
