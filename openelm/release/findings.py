@@ -86,7 +86,10 @@ class Findings:
             "first_difference": first
             and {"what": printable(first.what), "file": str(first.file) if first.file else None, "line": first.line},
             "seed": self.seed,
-            "numerics": self.numerics,
+            "numerics": {
+                "comparison": "tolerances" if OTHER_NUMERICS in self.weaker_because else "bitwise",
+                **self.numerics,
+            },
         }
 
 
