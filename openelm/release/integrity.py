@@ -26,6 +26,14 @@ from openelm.train.checkpoint import OPTIMIZER, STATE
 from openelm.train.run import run_model
 
 _CHECKPOINT_FILES = (WEIGHTS, OPTIMIZER, STATE)
+_READ = frozenset({"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock"})
+_NOT_READ = {
+    "report.html": "made from the ledger",
+    "tensorboard": "made from the ledger",
+    "ledger.torn": "the rest of a line that a crash cut short",
+    "text": "compared from level 2 on, where run.json names it",
+    "uniform": "a run of its own: verify it apart",
+}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -47,9 +55,9 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
     if (publication.folder / "result.json").exists():
         findings.run("result.json", lambda: _result(publication, findings))
     findings.skip("speeds, times and MFU", "they are claims about a machine, not about the model")
-    for name in ("report.html", "tensorboard", "ledger.torn"):
-        if (publication.folder / name).exists():
-            findings.skip(name, "made from the ledger; nothing is read from it")
+    for path in sorted(publication.folder.iterdir()):
+        if path.name not in _READ:
+            findings.skip(path.name, _NOT_READ.get(path.name, "no part of a run that is known here"))
     return tokenizers[0]
 
 

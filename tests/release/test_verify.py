@@ -19,6 +19,8 @@ from openelm.release.publication import read_publication
 from openelm.release.segments import all_segments, schedule_boundaries
 from openelm.train.checkpoint import checkpoint_folder
 
+from .conftest import rechain
+
 
 def assert_passes(workshop: Any, folder: Path, *levels: int) -> None:
     for level in levels:
@@ -49,7 +51,6 @@ def test_a_run_that_was_killed_and_rewound_passes_at_every_level(workshop: Any, 
         (("resume", 3), ("step", 5)),
         (("step", 5), ("rewind", 5), ("step", 7), ("step", 4)),
         (("evaluation", 12),),
-        (("checkpoint", 12),),
     ],
 )
 def test_a_run_killed_anywhere_passes(workshop: Any, tmp_path: Path, stops: tuple[tuple[str, int], ...]) -> None:
@@ -173,6 +174,31 @@ def test_a_moved_run_is_verified_with_the_verifiers_own_copy_of_the_data(
     finally:
         away.rename(workshop.folder)
     assert findings.verdict == "verified"
+
+
+def test_files_that_nothing_lists_are_named(workshop: Any, forged: Path) -> None:
+    places = [forged / "notes.txt", checkpoint_folder(forged, 6) / "more.bin", forged / "checkpoints" / "old.zip"]
+    for path in places:
+        path.write_bytes(b"anything")
+    findings = workshop.verify(forged, 0)
+    assert findings.verdict == "verified"
+    named = {Path(note.what).name for note in findings.not_checked}
+    assert named >= {"notes.txt", "more.bin", "old.zip"}
+
+
+@pytest.mark.parametrize(
+    ("numerics", "verdict"), [("fast", "consistent (weaker: other numerics)"), ("exact", "verified")]
+)
+def test_what_several_processes_made_is_compared_to_the_bit_only_with_exact_numerics(
+    workshop: Any, tmp_path: Path, numerics: str, verdict: str
+) -> None:
+    workshop.train(tmp_path, f"train.numerics={numerics}", "train.shards=2", "train.steps=6")
+
+    def with_two_processes(events: Any) -> Any:  # whose bits, with `exact`, are those of one
+        return [{**event, "processes": 2} if event["event"] == "start" else event for event in events]
+
+    rechain(tmp_path, with_two_processes)
+    assert workshop.verify(tmp_path, 3).verdict == verdict
 
 
 def test_the_first_and_last_segment_and_every_turn_are_mandatory_and_others_are_drawn(
