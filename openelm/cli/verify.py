@@ -57,10 +57,10 @@ def _replacement(text: str) -> tuple[str, str]:
 def _show(findings: Findings, console: Console) -> None:
     for title, notes in (("checked", findings.checked), ("not checked", findings.not_checked)):
         console.print(aligned((title, "level", ""), [_row(note) for note in notes]), markup=False, soft_wrap=True)
-        console.print()
     for difference in findings.numerics.get("differences", ()):
         console.print(f"other numerics: {difference}", markup=False, soft_wrap=True)
-    console.print(f"random segments were drawn with --seed {findings.seed}", markup=False)
+    if findings.level == 3:
+        console.print(f"random segments were drawn with --seed {findings.seed}", markup=False)
     verdict = f"{findings.verdict}, level {findings.level} ({LEVELS[findings.level]})"
     style = "bold red" if findings.difference else "bold yellow" if findings.weaker_because else "bold green"
     console.print(verdict, style=style, markup=False, soft_wrap=True)
