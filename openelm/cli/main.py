@@ -21,6 +21,7 @@ _HANDLERS = {
     "train": ("train", "train_recipe"),
     "average": ("train", "average"),
     "report": ("train", "report"),
+    "verify": ("verify", "verify"),
     "eval": ("models", "evaluate"),
     "inspect": ("models", "inspect"),
     "generate": ("talk", "generate"),
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_demo(verbs)
     _add_training(verbs)
+    _add_verify(verbs)
     _add_models(verbs)
     _add_talking(verbs)
     data = verbs.add_parser(
@@ -156,6 +158,39 @@ def _add_training(verbs: Verbs) -> None:
     report = _verb(verbs, "report", "write a run's report page", "openelm report runs/mine")
     report.add_argument("run", help="run folder, finished or not")
     report.add_argument("--out", help="page to write (default: RUN/report.html)")
+
+
+def _add_verify(verbs: Verbs) -> None:
+    verify = _verb(
+        verbs,
+        "verify",
+        "check a run that somebody published: files, scores, batches, and training itself, to the bit",
+        "openelm verify runs/theirs --level 4 --data /their/text=/my/text\n\n"
+        "levels, each with the ones before it:\n"
+        "  0  files: chain of the ledger, hashes, settings, the published mean\n"
+        "  1  scores: held-out bits per byte measured again from the published weights\n"
+        "  2  batches: derived again from your own copy of the data\n"
+        "  3  segments: the mandatory stretches of training and random ones done again\n"
+        "  4  everything done again from the seed, the tokenizer too",
+    )
+    verify.add_argument("run", help="run folder; nothing is written to it and nothing in it is executed")
+    verify.add_argument("--level", type=int, choices=range(5), default=3, help="how far to go (default: %(default)s)")
+    verify.add_argument(
+        "--segments",
+        type=int,
+        default=2,
+        metavar="N",
+        help="random segments besides the mandatory ones (default: %(default)s)",
+    )
+    verify.add_argument("--seed", type=int, help="draws the random segments (default: a new one each time, printed)")
+    verify.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where your copy of the data is: OLD is how its path begins in run.json; may be repeated",
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_models(verbs: Verbs) -> None:

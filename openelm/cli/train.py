@@ -14,27 +14,23 @@ from rich.console import Console
 
 from openelm.cli.screen import Screen
 from openelm.config import apply_overrides, read_toml
-from openelm.data.reading import read_documents
 from openelm.data.stream import BatchStream
-from openelm.errors import CheckpointError, ConfigError, DataError
-from openelm.evaluate.score import bits_per_byte
+from openelm.errors import CheckpointError, ConfigError
 from openelm.files import folder_lock, make_folder
-from openelm.generate.engine import generate_text
-from openelm.generate.sampling import SamplingConfig
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
 from openelm.model.folder import save_model
 from openelm.model.transformer import OpenELM
 from openelm.release.card import model_card
+from openelm.release.probes import probes
 from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.average import average_checkpoints
 from openelm.train.distributed import ALONE, Processes, open_processes
-from openelm.train.loop import Observer, Probe, train
+from openelm.train.loop import Observer, train
 from openelm.train.objectives import NextToken
 from openelm.train.progress import ProgressDisplay, TensorBoard
 from openelm.train.run import Run, RunConfig, open_run
-from openelm.train.update import Event
 
 
 def train_recipe(arguments: argparse.Namespace) -> int:
@@ -127,44 +123,10 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
             run,
             open_batches=open_batches,
             objective=NextToken(settings.z_loss),
-            probes=_probes(run),
+            probes=probes(run),
             observers=observers,
             processes=processes,
         )
-
-
-def _probes(run: Run) -> list[Probe]:
-    settings, probes = run.config.evaluation, []
-    if run.held_out is not None:
-        texts, names = zip(*_shortened(run, settings.max_bytes), strict=True)
-
-        def held_out(model: OpenELM, step: int) -> Event:
-            score = bits_per_byte(model, run.tokenizer, texts, names, window_tokens=run.config.train.length)
-            return {"event": "evaluation", "bits_per_byte": score.value.hex(), "documents": score.documents}
-
-        probes.append(Probe(settings.every, held_out))
-    for prompt in settings.prompts:
-        probes.append(Probe(settings.every, _sampler(run, prompt)))
-    return probes
-
-
-def _shortened(run: Run, max_bytes: int) -> list[tuple[str, str]]:
-    """Take the beginnings of the held-out documents, alike long, up to `max_bytes` together."""
-    assert run.held_out is not None
-    documents = [(document.text, Path(document.path).name) for document in read_documents(run.held_out)]
-    if not documents:
-        raise DataError("the held-out files hold no text", file=run.held_out.sources[0].shards[0].path, code="E_EMPTY")
-    documents = documents[:64]
-    share = max(1, max_bytes // max(1, len(documents)))
-    return [(text.encode()[:share].decode(errors="ignore") or text[:1], name) for text, name in documents]
-
-
-def _sampler(run: Run, prompt: str) -> Any:
-    def sample(model: OpenELM, step: int) -> Event:
-        sampling = SamplingConfig(max_tokens=run.config.evaluation.sample_tokens, seed=run.config.train.seed)
-        return {"event": "sample", "prompt": prompt, "text": generate_text(model, run.tokenizer, prompt, sampling)}
-
-    return sample
 
 
 def publish_average(run: Path, last: int, target: Path) -> list[int]:

@@ -175,9 +175,7 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     run = Run(
         folder=folder,
         config=config,
-        model_config=config.model.config(tokenizer.vocab_size).model_copy(
-            update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        ),
+        model_config=run_model(config, tokenizer),
         manifest=manifest,
         held_out=held_out,
         tokenizer=tokenizer,
@@ -186,6 +184,12 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     )
     _write_or_compare(folder / "run.json", describe_run(run), allow_change)
     return run
+
+
+def run_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Resolve a recipe's model for the run's tokenizer."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return config.model.config(tokenizer.vocab_size).model_copy(update=ids)
 
 
 def _open_tokenizer(folder: Path, config: RunConfig, manifest: Manifest) -> Tokenizer:

@@ -12,20 +12,8 @@ import pytest
 from openelm import __version__
 from openelm.cli import main
 
-VERBS = (
-    "demo",
-    "train",
-    "average",
-    "report",
-    "eval",
-    "inspect",
-    "generate",
-    "chat",
-    *(
-        "data decontaminate",
-        "data dedup",
-    ),
-)
+VERBS = ("demo", "train", "average", "report", "verify", "eval", "inspect", "generate", "chat")
+VERBS += ("data decontaminate", "data dedup")
 Failed = Callable[..., str]
 
 
