@@ -13,7 +13,7 @@ from torch import Tensor
 from openelm.errors import VerificationError
 from openelm.files import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
-from openelm.model.folder import WEIGHTS, check_header, load_model, read_tensors, weights_sha256
+from openelm.model.folder import WEIGHTS, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
 from openelm.release.card import averaged_steps
@@ -22,10 +22,9 @@ from openelm.release.history import check_history
 from openelm.release.publication import Publication, SavedState, parse, plain, read_json
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
-from openelm.train.checkpoint import OPTIMIZER, STATE
+from openelm.train.checkpoint import STATE, load_checkpoint
 from openelm.train.run import run_model
 
-_CHECKPOINT_FILES = (WEIGHTS, OPTIMIZER, STATE)
 _READ = frozenset({"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock"})
 _NOT_READ = {
     "report.html": "made from the ledger",
@@ -167,17 +166,17 @@ def expected_shapes(publication: Publication) -> dict[str, tuple[int, ...]]:
 
 def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[int, ...]], findings: Findings) -> None:
     path = publication.checkpoint(step)
-    manifest = verify_folder(path, names=_CHECKPOINT_FILES)
+    checkpoint = load_checkpoint(publication.folder, step)
+    manifest, weights, moments = checkpoint.manifest_sha256, checkpoint.weights, checkpoint.optimizer
     _name_extras(path, findings)
     state = parse(SavedState, read_json(path / STATE), path / STATE)
     expect("step", step, state.step, path / STATE)
-    check_header(path / WEIGHTS, shapes)
-    weights, moments = read_tensors(path / WEIGHTS), read_tensors(path / OPTIMIZER)
     expected = {f"{name}/{key}": () if key == "step" else shape for name, shape in shapes.items() for key in _MOMENTS}
-    found = {name: tuple(tensor.shape) for name, tensor in moments.items()}
-    if found and found != expected:
-        odd = sorted(found.items() ^ expected.items())[0][0]
-        raise VerificationError(f"the optimizer's tensor {odd!r} does not fit the model", file=path / OPTIMIZER)
+    for what, tensors, wanted in (("model", weights, shapes), ("optimizer", moments, expected)):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted and (found or what == "model"):
+            odd = sorted(found.items() ^ wanted.items())[0][0]
+            raise VerificationError(f"the {what}'s tensor {odd!r} does not fit the run's model", file=path)
     for name, tensor in (*weights.items(), *moments.items()):
         expect(f"dtype of {name}", str(tensor.dtype), "torch.float32", path)
     saved = publication.saved.get(step)

@@ -146,6 +146,7 @@ class SavedState(Strict):
     recent_losses: tuple[Hex, ...]
     cursors: tuple[dict[str, Any], ...]
     ledger_head: Hash
+    parts: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True)

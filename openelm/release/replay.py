@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openelm.data.reading import read_documents
 from openelm.errors import VerificationError
-from openelm.model.folder import WEIGHTS, weights_sha256
+from openelm.model.folder import weights_sha256
 from openelm.release.findings import Findings, Progress
 from openelm.release.ground import WEIGHTS_TOLERANCE, Ground, compare_numbers, use_threads
 from openelm.release.integrity import compare_tensors
@@ -21,7 +21,7 @@ from openelm.release.publication import Evaluation, Finish, Line, Objection, Pub
 from openelm.release.rescore import compare_score, is_tolerant
 from openelm.release.segments import Segment
 from openelm.text.tokenizer import train_tokenizer
-from openelm.train.checkpoint import OPTIMIZER, STATE, Checkpoint, load_checkpoint
+from openelm.train.checkpoint import STATE, Checkpoint, load_checkpoint
 from openelm.train.objectives import NextToken
 from openelm.train.update import Event, Updater
 
@@ -180,8 +180,8 @@ class _Replay:
     def _compare_state(self, step: int) -> None:
         checkpoint, folder = load_checkpoint(self._publication.folder, step), self._publication.checkpoint(step)
         pairs = (
-            ("the replayed weights", self._updater.model.state_dict(), checkpoint.weights, folder / WEIGHTS),
-            ("the replayed moments", self._updater.moments(), checkpoint.optimizer, folder / OPTIMIZER),
+            ("the replayed weights", self._updater.model.state_dict(), checkpoint.weights, folder),
+            ("the replayed moments", self._updater.moments(), checkpoint.optimizer, folder),
         )
         for what, mine, theirs, file in pairs:
             try:
@@ -193,7 +193,7 @@ class _Replay:
             _same(f"step {step}: {name}", checkpoint.state[name], mine[name], folder / STATE)
 
 
-def _compare_roughly(what: str, mine: dict[str, Tensor], theirs: dict[str, Tensor], file: Path) -> None:
+def _compare_roughly(what: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in mine.items():
         if name not in theirs or tensor.shape != theirs[name].shape:
             raise VerificationError(f"tensor {name} is missing or has another shape", file=file)

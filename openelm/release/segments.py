@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +87,7 @@ def schedule_boundaries(schedule: ScheduleConfig, steps: int) -> list[int]:
 def _largest_change(publication: Publication, ground: Ground, segments: list[Segment]) -> Segment:
     model = OpenELM(ground.run.model_config)
     model.initialise(torch.Generator().manual_seed(publication.config.train.seed))
-    before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before: Mapping[str, Tensor] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     largest, chosen = -1.0, segments[0]
     for segment in segments:
         if segment.end not in publication.checkpoints:

@@ -129,13 +129,14 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
         CheckpointError: it is damaged; names the file.
     """
     folder = checkpoint_folder(run, step)
-    digest = verify_folder(folder, names=(STATE,))
-    state = json.loads((folder / STATE).read_bytes())
-    count = int(state.get("parts", 1))
-    weights, optimizer = (
-        Tensors([read_tensors(folder / _part_name(stem, part, count)) for part in range(count)])
-        for stem in ("model", "optimizer")
-    )
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        count = int(state.get("parts", 1))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError("missing or damaged", file=folder / STATE) from None
+    names = [[_part_name(stem, part, count) for part in range(count)] for stem in ("model", "optimizer")]
+    digest = verify_folder(folder, names=(STATE, *names[0], *names[1]))
+    weights, optimizer = (Tensors([read_tensors(folder / name) for name in stem]) for stem in names)
     return Checkpoint(step, digest, weights, optimizer, state)
 
 

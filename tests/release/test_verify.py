@@ -64,7 +64,7 @@ def test_a_run_killed_anywhere_passes(workshop: Any, tmp_path: Path, stops: tupl
 def test_a_run_killed_between_a_checkpoint_and_its_line_passes(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    save = openelm.train.loop.save_checkpoint
+    save = openelm.train.saving.save_checkpoint
 
     def save_and_die(run: Path, at: int, *rest: Any) -> str:
         digest = save(run, at, *rest)
