@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from openelm import __version__
+from openelm.cli.data_options import add_data_verbs
 from openelm.errors import OpenELMError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
@@ -25,6 +26,7 @@ _HANDLERS = {
     "inspect": ("models", "inspect"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "data": ("data", "data"),
 }
 _EPILOG = """start here:
   openelm demo                                  text in, a talking model out, in about ten minutes on two cores
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_models(verbs)
     _add_talking(verbs)
+    _add_data(verbs)
     return parser
 
 
@@ -194,6 +197,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: 256)")
     options.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
     options.add_argument("--seed", type=int, help="the same seed gives the same text (default: 0)")
+
+
+def _add_data(verbs: Verbs) -> None:
+    data = _verb(
+        verbs,
+        "data",
+        "survey, join and check data sets before training",
+        "openelm data manifest /data/web --name web --workers 16 --out web.json",
+    )
+    add_data_verbs(data)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from openelm.config import Config
 from openelm.data.document import Drops, add_drops
-from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.manifest_file import load_manifest
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
 from openelm.text.tokenizer import Tokenizer
@@ -32,7 +33,12 @@ _CLOSE_SECONDS = 2.0
 class DataConfig(Config):
     """What to read and how; none of it but the sources, lanes and filters changes what a model sees."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = ()
+    """Bodies of text whose files are found and hashed at every start."""
+    manifest: str | None = None
+    """In place of sources: a file of `openelm data manifest`, whose files are known and only compared."""
+    weights: dict[str, PositiveFloat] | None = None
+    """With a manifest: its sources' shares of the training tokens, by name; 1 for those not named."""
     lanes: PositiveInt = 16
     """Virtual streams; the rows of a batch must be a multiple of them or divide them."""
     min_characters: NonNegativeInt = 200
@@ -43,6 +49,27 @@ class DataConfig(Config):
     """Processes that read and tokenise; 0: in the training process."""
     read_ahead_batches: PositiveInt = 4
     on_bad_row: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if bool(self.sources) == (self.manifest is not None):
+            raise ValueError("give either sources or a manifest")
+        if self.weights and self.manifest is None:
+            raise ValueError("weights are for a manifest's sources; give each of data.sources its own weight")
+        return self
+
+    def open_manifest(self) -> Manifest:
+        """Find and hash the files of the sources, or read the manifest and compare its files.
+
+        Raises:
+            ConfigError: a source's name or weight is wrong.
+            DataError: a file, or the manifest, is missing, changed, damaged or without text.
+        """
+        if self.manifest is None:
+            return build_manifest(self.sources, on_bad_row=self.on_bad_row)
+        manifest = load_manifest(Path(self.manifest), self.weights)
+        manifest.check_unchanged()
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)
