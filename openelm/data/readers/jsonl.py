@@ -23,6 +23,7 @@ from openelm.errors import DataError
 
 # A block inside a frame is reached by decompressing the frame from its start: k blocks cost k/2 readings.
 _BLOCKS_PER_FRAME = 16
+_MOST_STARTS = 1 << 16
 _TOO_LONG_FIX = "split the document, raise max_document_bytes, or set on_bad_row = 'skip'"
 
 
@@ -44,6 +45,8 @@ def scan(
             raise too_long(path, limit, line=row + 1, offset=line.offset, fix=_TOO_LONG_FIX)
         if not starts or line.offset - starts[-1][1].offset >= target:
             starts.append((row, line._replace(data=None)))
+            if len(starts) > _MOST_STARTS:  # a file that unpacks to far more than its size
+                starts, target = starts[::2], max(1, 2 * target)
         end = line.offset + (options.max_document_bytes if line.data is None else len(line.data))
     if not starts:
         return ()

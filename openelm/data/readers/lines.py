@@ -65,9 +65,7 @@ def read_lines(path: DataPath, offset: int, limit_bytes: int, *, most_bytes: int
     try:
         for chunk_frame, data in _chunks(path, offset):
             if most_bytes is not None and position + len(data) > most_bytes:
-                what = (
-                    f"more than {most_bytes:,} bytes of text, {_RATIO} times the compressed size: a decompression bomb?"
-                )
+                what = f"over {most_bytes:,} bytes of text, {_RATIO} times the compressed size: a decompression bomb?"
                 raise DataError(what, fix=_UNPACK, code="E_BOMB")
             if chunk_frame != frame:
                 frame, newlines = chunk_frame, 0
