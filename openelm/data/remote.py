@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-from openelm.data.retry import TRIES, retried
+from openelm.data.retry import TRIES, may_pass, retried
 from openelm.errors import ConfigError, DataError
 from openelm.files import disk_errors
 
@@ -97,8 +97,16 @@ class Url(str):
         return self._guarded(fetch)
 
     def _guarded(self, call: Callable[[], T]) -> T:
+        def plainly() -> T:
+            try:
+                return call()
+            except FileNotFoundError as error:  # fsspec says so of web servers that fail or are down, too
+                if error.__cause__ is not None and may_pass(error.__cause__):
+                    raise error.__cause__ from None
+                raise
+
         try:
-            return retried(call)
+            return retried(plainly)
         except (FileNotFoundError, DataError):
             raise
         except Exception as error:  # each store's library has errors of its own

@@ -64,7 +64,13 @@ except DataError as error:
 def scan_apart(path: Path, strict: bool) -> list:
     """Scan in a process of its own; returns code, line, offset, peak memory and bytes read."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{MEMORY}", str(path), "strict" if strict else ""],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:] = {sys.path!r}\n{MEMORY}",
+            str(path),
+            "strict" if strict else "",
+        ],
         capture_output=True,
         text=True,
     )
