@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow
 import pyarrow.parquet
@@ -48,6 +49,7 @@ def test_a_cut_at_any_64th_is_refused_by_the_manifest_also_between_frames(tmp_pa
 MEMORY = """
 import json, sys
 from pathlib import Path
+from typing import ClassVar
 from openelm.data.document import ReadOptions
 from openelm.data.readers import jsonl
 from openelm.errors import DataError
@@ -167,8 +169,8 @@ def test_a_disk_that_reports_an_error_is_named_after_three_tries(tmp_path, monke
 class Failing(io.FileIO):
     """A file that reports I/O errors, each after some more reads."""
 
-    faults: list[int] = []  # reads before each fault
-    kind: type[OSError] | OSError = OSError(5, "Input/output error")
+    faults: ClassVar[list[int]] = []  # reads before each fault
+    kind: ClassVar[OSError] = OSError(5, "Input/output error")
 
     def read(self, size: int = -1) -> bytes:
         if self.faults:

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow
 import pyarrow.parquet
@@ -132,8 +133,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
     """Serve files with ETags and ranges; `faults` says what goes wrong with the next requests for content."""
 
     root: Path
-    faults: list[str] = []
-    requests: list[str] = []
+    faults: ClassVar[list[str]] = []
+    requests: ClassVar[list[str]] = []
     ranges = True
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True

@@ -209,7 +209,7 @@ def test_a_check_names_all_bad_files(folder, whole, whole_files):
     os.utime(folder / "09.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(DataError) as caught:
         check_files(manifest, whole=whole_files, run=runner(2))
-    found = {name for name in os.listdir(folder) + ["04.txt"] if name in str(caught.value)}
+    found = {name for name in [*os.listdir(folder), "04.txt"] if name in str(caught.value)}
     assert found == {"00.jsonl", "04.txt"} | ({"09.txt"} if whole_files else set())
     assert caught.value.exit_code == 3
 
