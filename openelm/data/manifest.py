@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -153,7 +153,8 @@ def source_json(source: Source) -> dict[str, Any]:
 def shard_json(shard: Shard) -> dict[str, Any]:
     """Return plain data that `shard_from_json` turns into an equal shard."""
     value = {name: getattr(shard, name) for name in Shard.__slots__}
-    return {**value, "blocks": [list(astuple(block)) for block in shard.blocks]}
+    blocks = [[block.first_row, block.rows, block.offset, block.skip_rows, block.bytes] for block in shard.blocks]
+    return {**value, "blocks": blocks}
 
 
 def shard_from_json(value: dict[str, Any]) -> Shard:
