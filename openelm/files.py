@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from openelm.errors import CheckpointError, DiskError
 
@@ -26,10 +26,15 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's content; returns 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
+        return sha256_stream(file)
+
+
+def sha256_stream(file: BinaryIO) -> str:
+    """Hash what is left of an open file; returns 64 hex digits."""
+    digest = hashlib.sha256()
+    while data := file.read(_READ_BYTES):
+        digest.update(data)
     return digest.hexdigest()
 
 
@@ -258,20 +263,27 @@ def folder_lock(folder: Path) -> Iterator[None]:
     with disk_errors(path):
         file = path.open("a+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise CheckpointError(
                 f"{owner} is using this folder",
                 file=folder,
                 fix="wait for it, stop it, or choose another --out",
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
+
+
+def lock_file(file: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False when another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_file(path: Path) -> None:

@@ -109,14 +109,13 @@ def _manifest(arguments: argparse.Namespace, console: Console) -> Manifest:
     recipes = [Path(what) for what in arguments.what if what.endswith(".toml")]
     if recipes and len(arguments.what) > 1:
         raise ConfigError("a recipe stands alone", fix="give one .toml recipe, or files, folders and globs")
+    console.print("looking at the files …")
     if recipes:
         data = read_toml(recipes[0]).get("data", {})
-        data = {**data, "exclude_documents": []} if isinstance(data, dict) else data
-        sources = DataConfig.parse(data, file=recipes[0]).sources
-    else:
-        sources = (SourceConfig(name="text", paths=tuple(arguments.what), text_key=arguments.text_key),)
-    console.print("looking at the files …")
-    return build_manifest(sources, on_bad_row="skip")
+        data = {**data, "exclude_documents": [], "on_bad_row": "skip"} if isinstance(data, dict) else data
+        return DataConfig.parse(data, file=recipes[0]).open_manifest()
+    source = SourceConfig(name="text", paths=tuple(arguments.what), text_key=arguments.text_key)
+    return build_manifest([source], on_bad_row="skip")
 
 
 def _print_result(console: Console, listed: Counter[str], documents: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from openelm import __version__
+from openelm.cli.data_options import add_data_actions
 from openelm.errors import OpenELMError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
@@ -26,6 +27,9 @@ _HANDLERS = {
     "inspect": ("models", "inspect"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "data manifest": ("data", "manifest"),
+    "data merge": ("data", "merge"),
+    "data check": ("data", "check"),
     "data decontaminate": ("clean", "decontaminate"),
     "data dedup": ("clean", "dedup"),
 }
@@ -88,10 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_models(verbs)
     _add_talking(verbs)
-    data = verbs.add_parser(
-        "data", help="look after training text before a run", description="Look after training text before a run."
-    )
-    _add_clean(data.add_subparsers(dest="action", required=True, metavar="ACTION"))
+    _add_data(verbs)
     return parser
 
 
@@ -225,63 +226,6 @@ def _add_talking(verbs: Verbs) -> None:
         _add_device(parser)
 
 
-def _add_clean(actions: Verbs) -> None:
-    decontaminate = _verb(
-        actions,
-        "decontaminate",
-        "list the training documents that hold pieces of evaluation texts",
-        "openelm data decontaminate my-recipe.toml --against benchmarks/*.jsonl --out lists/benchmarks",
-    )
-    _add_text(decontaminate)
-    decontaminate.add_argument(
-        "--against",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="evaluation texts: .txt (one text), .jsonl(.gz/.zst) or .parquet (each string of each row is a text)",
-    )
-    decontaminate.add_argument("--out", required=True, help="new folder for exclude.jsonl and report.json")
-    decontaminate.add_argument(
-        "--words", type=int, default=13, metavar="N", help="words in a row that count as a match (default: %(default)s)"
-    )
-    decontaminate.add_argument(
-        "--min-share",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="list only documents with at least this part of their words in matches (default: %(default)s, any match)",
-    )
-    dedup = _verb(
-        actions,
-        "dedup",
-        "list the training documents that say again what an earlier one says",
-        "openelm data dedup exact data/web data/books --out lists/duplicates.jsonl",
-    )
-    dedup.add_argument(
-        "method",
-        choices=("exact", "minhash"),
-        help="exact: equal but for case, ASCII punctuation and spaces; minhash: nearly equal (the extra `dedup`)",
-    )
-    _add_text(dedup)
-    dedup.add_argument("--out", required=True, metavar="FILE", help="the list to write, a .jsonl file")
-    dedup.add_argument(
-        "--words", type=int, default=5, metavar="N", help="minhash: words in a row (default: %(default)s)"
-    )
-    dedup.add_argument("--bands", type=int, default=14, metavar="B", help="minhash: bands (default: %(default)s)")
-    dedup.add_argument(
-        "--hashes", type=int, default=8, metavar="R", help="minhash: hashes a band (default: %(default)s)"
-    )
-
-
-def _add_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", nargs="+", metavar="RECIPE_OR_PATH", help="a .toml recipe, for its sources; or files, folders and globs"
-    )
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="column or key of paths (default: %(default)s)"
-    )
-
-
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("sampling")
     options.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8)")
@@ -292,6 +236,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: 256)")
     options.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
     options.add_argument("--seed", type=int, help="the same seed gives the same text (default: 0)")
+
+
+def _add_data(verbs: Verbs) -> None:
+    summary = "look after training text before a run: list it, check it, clean it"
+    add_data_actions(verbs.add_parser("data", help=summary, description=summary[0].upper() + summary[1:] + "."))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -16,12 +16,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from openelm.config import Config
 from openelm.data.document import Drops, add_drops
 from openelm.data.exclude import load_exclusions
-from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.manifest_file import load_manifest
 from openelm.data.pieces import pieces_fingerprint
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
@@ -34,7 +35,12 @@ _CLOSE_SECONDS = 2.0
 class DataConfig(Config):
     """What to read and how; what changes what a model sees is in the fingerprint of its cursors."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = ()
+    """Bodies of text whose files are found and hashed at every start."""
+    manifest: str | None = None
+    """In place of sources: a file of `openelm data manifest`, whose files are known and only compared."""
+    weights: dict[str, PositiveFloat] | None = None
+    """With a manifest: its sources' shares of the training tokens, by name; 1 for those not named."""
     lanes: PositiveInt = 16
     """Virtual streams; the rows of a batch must be a multiple of them or divide them."""
     min_characters: NonNegativeInt = 200
@@ -54,6 +60,27 @@ class DataConfig(Config):
     @classmethod
     def _one_list_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if bool(self.sources) == (self.manifest is not None):
+            raise ValueError("give either sources or a manifest")
+        if self.weights and self.manifest is None:
+            raise ValueError("weights are for a manifest's sources; give each of data.sources its own weight")
+        return self
+
+    def open_manifest(self) -> Manifest:
+        """Find and hash the files of the sources, or read the manifest and compare its files.
+
+        Raises:
+            ConfigError: a source's name or weight is wrong.
+            DataError: a file, or the manifest, is missing, changed, damaged or without text.
+        """
+        if self.manifest is None:
+            return build_manifest(self.sources, on_bad_row=self.on_bad_row)
+        manifest = load_manifest(Path(self.manifest), self.weights)
+        manifest.check_unchanged()
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)

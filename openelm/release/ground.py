@@ -56,8 +56,9 @@ class Ground:
     def stream(self, cursors: list[dict[str, Any]] | None) -> BatchStream:
         """Open the run's batches, read in this process."""
         settings = self.run.config.train
+        lists = tuple(_moved_path(path, self.replacements) for path in self.run.config.data.exclude_documents)
         return BatchStream(
-            self.run.config.data.model_copy(update={"workers": 0}),
+            self.run.config.data.model_copy(update={"workers": 0, "exclude_documents": lists}),
             self.run.manifest,
             self.run.tokenizer,
             self.run.tokenizer_folder,
@@ -112,9 +113,28 @@ def with_data(ground: Ground, publication: Publication) -> Ground:
     Raises:
         DataError: it is missing, or not what the run trained on; names the first file that differs.
     """
-    sources = _moved(publication.config.data.sources, ground.replacements)
-    manifest = _found(publication.data, sources, publication.config.data.on_bad_row)
+    data, manifest = publication.config.data, publication.data
+    if data.manifest is None:
+        manifest = _found(manifest, _moved(data.sources, ground.replacements), data.on_bad_row)
+    else:
+        manifest = _moved_files(manifest, ground.replacements)
     return dataclasses.replace(ground, run=dataclasses.replace(ground.run, manifest=manifest))
+
+
+def _moved_files(recorded: Manifest, replacements: Replacements) -> Manifest:
+    """Take the files that the run's own manifest names, from where they lie here; each is hashed whole."""
+    sources = []
+    for source in recorded.sources:
+        shards = tuple(
+            dataclasses.replace(shard, path=_moved_path(shard.path, replacements)) for shard in source.shards
+        )
+        sources.append(dataclasses.replace(source, shards=shards))
+    manifest = Manifest(tuple(sources))
+    try:
+        manifest.check_unchanged(whole=True)
+    except DataError as error:
+        raise DataError(error.what, fix=_DATA_FIX, file=error.file, code=error.code) from None
+    return manifest
 
 
 def _moved(sources: Sequence[SourceConfig], replacements: Replacements) -> list[SourceConfig]:

@@ -165,7 +165,7 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    manifest = build_manifest(config.data.sources, on_bad_row=config.data.on_bad_row)
+    manifest = config.data.open_manifest()
     held_out = build_manifest(config.held_out) if config.held_out else None
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)

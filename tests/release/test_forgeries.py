@@ -249,9 +249,9 @@ def test_13_another_learning_rate_than_the_declared_one(
 def test_14_a_run_that_started_from_other_weights_than_the_seeds(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    initialise = OpenELM.initialise
+    honest = OpenELM.initial_weights
     with monkeypatch.context() as patch:
-        patch.setattr(OpenELM, "initialise", lambda self, draw: initialise(self, torch.Generator().manual_seed(99)))
+        patch.setattr(OpenELM, "initial_weights", lambda self, draw: honest(self, torch.Generator().manual_seed(99)))
         workshop.train(tmp_path)
     assert_caught(workshop, tmp_path, 3, "step 1: ")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import openelm.train.loop
+import openelm.train.saving
 from openelm.errors import CheckpointError, Stopped
 from openelm.files import sha256_file
 from openelm.optim.schedule import ScheduleConfig, learning_rate
@@ -66,14 +66,14 @@ def test_a_run_killed_between_a_checkpoint_and_its_line_passes(
 ) -> None:
     save = openelm.train.saving.save_checkpoint
 
-    def save_and_die(run: Path, at: int, *rest: Any) -> str:
-        digest = save(run, at, *rest)
+    def save_and_die(run: Path, at: int, *rest: Any) -> Any:
+        saved = save(run, at, *rest)
         if at == step:
             raise KeyboardInterrupt
-        return digest
+        return saved
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(openelm.train.loop, "save_checkpoint", save_and_die)
+        patch.setattr(openelm.train.saving, "save_checkpoint", save_and_die)
         workshop.train(tmp_path)
     assert_passes(workshop, tmp_path, 3)
     assert workshop.train(tmp_path)
