@@ -12,7 +12,7 @@ import pytest
 from openelm import __version__
 from openelm.cli import main
 
-VERBS = ("demo", "train", "average", "report", "eval", "inspect", "generate", "chat")
+VERBS = ("demo", "train", "average", "report", "eval", "inspect", "plan", "generate", "chat")
 Failed = Callable[..., str]
 
 
