@@ -25,6 +25,7 @@ _HANDLERS = {
     "verify": ("verify", "verify"),
     "eval": ("models", "evaluate"),
     "inspect": ("models", "inspect"),
+    "plan": ("plan", "plan"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
     "data manifest": ("data", "manifest"),
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `path=value` words may stand anywhere, which argparse alone does not allow."""
     words, overrides = list(arguments), []
-    if words and words[0] in ("demo", "train"):
+    if words and words[0] in ("demo", "train", "plan"):
         overrides = [word for word in words if _OVERRIDE.match(word)]
         words = [word for word in words if not _OVERRIDE.match(word)]
     parsed = build_parser().parse_args(words)
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_verify(verbs)
     _add_models(verbs)
+    _add_plan(verbs)
     _add_talking(verbs)
     _add_data(verbs)
     return parser
@@ -207,6 +209,31 @@ def _add_models(verbs: Verbs) -> None:
     )
     inspect.add_argument("what", metavar="SIZE_OR_FOLDER", help="a size (270m, 450m, 1.1b, 3b, …) or a model folder")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_plan(verbs: Verbs) -> None:
+    plan = _verb(
+        verbs,
+        "plan",
+        "say what a recipe needs on some devices: memory of each, tokens a second, days, cost",
+        "openelm plan recipes/mine.toml --devices 8 --device h100 --price-per-hour 2.5",
+    )
+    plan.add_argument("recipe", nargs="?", help="a .toml file, a shipped recipe's name, or the run.json of a run")
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
+    plan.add_argument(
+        "--device",
+        choices=("h100", "h200", "a100", "rtx-4090", "cpu"),
+        default="h100",
+        help="data sheet numbers; cpu: measured on this machine, in a second (default: %(default)s)",
+    )
+    plan.add_argument("--price-per-hour", type=float, metavar="X", help="of one device, in any currency")
+    plan.add_argument(
+        "--mfu", type=float, metavar="F", help="fraction of the peak that is reached (default: measured, nearest size)"
+    )
+    plan.add_argument("--vocab-size", type=int, metavar="N", help="ids of a tokenizer that is not here")
+    plan.add_argument("--check", action="store_true", help="predict the runs that were measured, and print the errors")
+    plan.add_argument("--json", action="store_true", help="print one JSON object (with --check: a list)")
+    _add_overrides(plan)
 
 
 def _add_talking(verbs: Verbs) -> None:

@@ -53,6 +53,7 @@ class Lane:
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
+        self._longest = 0  # tokens of the longest document so far; decides the mixture
         self._offset = 0  # of the next row's first token in the current document
         self._drops: Drops = {}
         self._document: Tokens | None = None
@@ -64,7 +65,7 @@ class Lane:
         drops = {source: dict(reasons) for source, reasons in self._drops.items()}
         pairs = zip(self._positions, self._taken_tokens, strict=True)
         places = [[*astuple(place), taken] for place, taken in pairs]
-        return {"sources": places, "offset": self._offset, "dropped": drops}
+        return {"sources": places, "offset": self._offset, "longest": self._longest, "dropped": drops}
 
     def row(self) -> tuple[Tokens, Tokens]:
         """Return the next row: tokens (length + 1,) and, for each, the index of its document within the row.
@@ -112,7 +113,7 @@ class Lane:
         raise nothing_usable(dropped, self._number, self._drops)
 
     def _choose(self) -> int:
-        return choose_source(self._taken_tokens, self._weights, self._number)
+        return choose_source(self._taken_tokens, self._weights, self._number, self._longest)
 
     def _tokenize(self, document: Document) -> tuple[Tokens | None, str | None]:
         ids = self._tokenizer.encode(document.text)
@@ -128,6 +129,7 @@ class Lane:
     def _advance(self, length_tokens: int) -> None:
         index = self._choose()
         self._taken_tokens[index] += length_tokens
+        self._longest = max(self._longest, length_tokens)
         self._positions[index] = after(self._positions[index])
         self._offset, self._document = 0, None
 
@@ -137,11 +139,12 @@ class Lane:
             self._positions = [Position(*place[:4]) for place in places]
             self._taken_tokens = [place[4] for place in places]
             self._offset = int(cursor["offset"])
+            self._longest = int(cursor.get("longest", 0))  # older checkpoints had no need of it
             add_drops(self._drops, cursor["dropped"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise bad_cursor(self._number) from None
         numbers = [value for place in places for value in place]
-        if len(places) != len(self._sources) or min([*numbers, self._offset]) < 0:
+        if len(places) != len(self._sources) or min([*numbers, self._offset, self._longest]) < 0:
             raise bad_cursor(self._number)
         if self._offset and self._offset >= len(self._current()):
             raise bad_cursor(self._number)

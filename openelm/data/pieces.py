@@ -78,7 +78,7 @@ class PieceLane:
         """
         dropped = finished = 0
         while dropped < DROPS_IN_A_ROW:
-            index = choose_source(self._taken_tokens, self._weights, self._number)
+            index = choose_source(self._taken_tokens, self._weights, self._number, self._length + 1)
             reader = self._sources[index]
             if finished > 64 * reader.source.rows:
                 break
