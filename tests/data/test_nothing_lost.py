@@ -129,7 +129,7 @@ def test_each_token_comes_once_over_kills_resumes_and_changes_of_the_number_of_p
     check(case, corpora, tokenizer_path)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_each_token_comes_once_in_a_thousand_random_histories(

@@ -235,7 +235,7 @@ def test_a_folder_without_a_run_is_no_failed_verification(workshop: Any, tmp_pat
         workshop.verify(tmp_path, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
 def test_runs_with_random_settings_killed_at_random_moments_pass(workshop: Any, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
