@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/openelm demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from torch import Tensor
 from openelm.errors import ConfigError, ProcessError
 
 T = TypeVar("T")
-_SEEN = "openelm/seen"
+_SEEN, _FAILED = "openelm/seen", "openelm/failed"
+_REPORT_SECONDS = 2.0
 
 
 class Processes:
@@ -97,14 +99,21 @@ class Processes:
             ) from None
 
     def _missing(self, store: Any) -> str:
-        behind = []
+        """Name the processes that did not begin this call; if all did, those that do not report its failure either."""
+        others = [rank for rank in range(self.count) if rank != self.rank]
         try:
-            for rank in range(self.count):
-                if int(store.get(f"{_SEEN}/{rank}")) < self._calls:
-                    behind.append(str(rank))
+            silent = [rank for rank in others if int(store.get(f"{_SEEN}/{rank}")) < self._calls]
+            store.set(f"{_FAILED}/{self.rank}", "")
+            deadline = time.monotonic() + _REPORT_SECONDS
+            while not silent and time.monotonic() < deadline:
+                time.sleep(0.05)
+                if store.check([f"{_FAILED}/{rank}" for rank in others]):
+                    break
+            else:
+                silent = silent or [rank for rank in others if not store.check([f"{_FAILED}/{rank}"])]
         except (RuntimeError, ValueError):  # the store went with the first process
-            behind.append("0")
-        return f"process {', '.join(behind)}" if behind else "another process"
+            silent = [0]
+        return f"process {', '.join(map(str, silent))}" if silent else "another process"
 
 
 def _exchange(mine: Tensor, other: Tensor, rank: int) -> None:
