@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow faults lint clean
 
 install: $(INSTALLED)
 
@@ -20,10 +20,13 @@ demo: install
 	$(BIN)/openelm demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+faults: install
+	$(BIN)/pytest -m faults -n 2
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -102,3 +102,9 @@ class Stopped(OpenELMError):
     """A signal asked the run to stop; its state is saved and the same command goes on from there."""
 
     code, exit_code = "E_STOPPED", 75
+
+
+class ProcessError(Stopped):
+    """Another process of the run died or does not answer; the same command goes on from the last checkpoint."""
+
+    code = "E_PROCESS"

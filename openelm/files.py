@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from openelm.errors import CheckpointError, DiskError
 
@@ -26,10 +26,15 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hash a file's content; returns 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
+        return sha256_stream(file)
+
+
+def sha256_stream(file: BinaryIO) -> str:
+    """Hash what is left of an open file; returns 64 hex digits."""
+    digest = hashlib.sha256()
+    while data := file.read(_READ_BYTES):
+        digest.update(data)
     return digest.hexdigest()
 
 
@@ -109,6 +114,26 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to that becomes `path` atomically when the block ends well.
+
+    Raises:
+        DiskError: the disk is full, read-only or forbidden; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` atomically, with a manifest, when the block ends well.
 
@@ -132,7 +157,7 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             write_manifest(temporary)
             for file in temporary.iterdir():
-                _sync_file(file)
+                sync_file(file)
             _sync_folder(temporary)
             _swap(temporary, target)
             _sync_folder(target.parent)
@@ -238,23 +263,31 @@ def folder_lock(folder: Path) -> Iterator[None]:
     with disk_errors(path):
         file = path.open("a+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise CheckpointError(
                 f"{owner} is using this folder",
                 file=folder,
                 fix="wait for it, stop it, or choose another --out",
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
 
 
-def _sync_file(path: Path) -> None:
+def lock_file(file: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False when another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -14,17 +14,17 @@ from rich.console import Console
 from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
-from openelm.data.document import Document
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
 from openelm.errors import DataError
 from openelm.evaluate.baselines import Baseline, baselines
-from openelm.evaluate.score import Score, bits_per_byte
+from openelm.evaluate.score import Score
 from openelm.evaluate.tables import aligned
 from openelm.files import folder_lock, make_folder, publish_folder
 from openelm.generate.engine import generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.folder import load_model, weights_sha256, write_json
+from openelm.release.probes import final_score, held_out_documents
 from openelm.release.report import write_report
 from openelm.text.tokenizer import train_tokenizer
 from openelm.train.ledger import read_ledger, valid_events
@@ -135,20 +135,14 @@ def _open(folder: Path, config: RunConfig, console: Console) -> Run:
 def _score_average(run: Run) -> Score:
     """Average the last checkpoints into the model folder and score the mean on the whole held-out text."""
     publish_average(run.folder, _averaged(run), run.folder / "model")
-    held_out = _held_out(run)
-    names = [Path(document.path).name + (f":{document.row}" if document.row else "") for document in held_out]
-    texts = [document.text for document in held_out]
-    return bits_per_byte(load_model(run.folder / "model"), run.tokenizer, texts, names)
+    assert run.held_out is not None
+    return final_score(load_model(run.folder / "model"), run.tokenizer, run.held_out)
 
 
 def _baselines(run: Run) -> list[Baseline]:
     training = [document.text for document in read_documents(run.manifest, on_bad_row=run.config.data.on_bad_row)]
-    return baselines([document.text for document in _held_out(run)], training, run.tokenizer)
-
-
-def _held_out(run: Run) -> list[Document]:
     assert run.held_out is not None
-    return list(read_documents(run.held_out))
+    return baselines([document.text for document in held_out_documents(run.held_out)], training, run.tokenizer)
 
 
 def _averaged(run: Run) -> int:

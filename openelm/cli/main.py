@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from openelm import __version__
+from openelm.cli.data_options import add_data_actions
 from openelm.errors import OpenELMError
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
@@ -21,10 +22,17 @@ _HANDLERS = {
     "train": ("train", "train_recipe"),
     "average": ("train", "average"),
     "report": ("train", "report"),
+    "verify": ("verify", "verify"),
     "eval": ("models", "evaluate"),
     "inspect": ("models", "inspect"),
+    "plan": ("plan", "plan"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "data manifest": ("data", "manifest"),
+    "data merge": ("data", "merge"),
+    "data check": ("data", "check"),
+    "data decontaminate": ("clean", "decontaminate"),
+    "data dedup": ("clean", "dedup"),
 }
 _EPILOG = """start here:
   openelm demo                                  text in, a talking model out, in about ten minutes on two cores
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # times slower as soon as another program wants a core; with a short wait it is as fast and stays fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        module, function = _HANDLERS[parsed.verb]
+        module, function = _HANDLERS[" ".join(filter(None, (parsed.verb, getattr(parsed, "action", None))))]
         handler: Callable[[argparse.Namespace], int] = getattr(
             importlib.import_module(f"openelm.cli.{module}"), function
         )
@@ -62,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `path=value` words may stand anywhere, which argparse alone does not allow."""
     words, overrides = list(arguments), []
-    if words and words[0] in ("demo", "train"):
+    if words and words[0] in ("demo", "train", "plan"):
         overrides = [word for word in words if _OVERRIDE.match(word)]
         words = [word for word in words if not _OVERRIDE.match(word)]
     parsed = build_parser().parse_args(words)
@@ -82,8 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_demo(verbs)
     _add_training(verbs)
+    _add_verify(verbs)
     _add_models(verbs)
+    _add_plan(verbs)
     _add_talking(verbs)
+    _add_data(verbs)
     return parser
 
 
@@ -152,6 +163,39 @@ def _add_training(verbs: Verbs) -> None:
     report.add_argument("--out", help="page to write (default: RUN/report.html)")
 
 
+def _add_verify(verbs: Verbs) -> None:
+    verify = _verb(
+        verbs,
+        "verify",
+        "check a run that somebody published: files, scores, batches, and training itself, to the bit",
+        "openelm verify runs/theirs --level 4 --data /their/text=/my/text\n\n"
+        "levels, each with the ones before it:\n"
+        "  0  files: chain of the ledger, hashes, settings, the published mean\n"
+        "  1  scores: held-out bits per byte measured again from the published weights\n"
+        "  2  batches: derived again from your own copy of the data\n"
+        "  3  segments: the mandatory stretches of training and random ones done again\n"
+        "  4  everything done again from the seed, the tokenizer too",
+    )
+    verify.add_argument("run", help="run folder; nothing is written to it and nothing in it is executed")
+    verify.add_argument("--level", type=int, choices=range(5), default=3, help="how far to go (default: %(default)s)")
+    verify.add_argument(
+        "--segments",
+        type=int,
+        default=2,
+        metavar="N",
+        help="random segments besides the mandatory ones (default: %(default)s)",
+    )
+    verify.add_argument("--seed", type=int, help="draws the random segments (default: a new one each time, printed)")
+    verify.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where your copy of the data is: OLD is how its path begins in run.json; may be repeated",
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_models(verbs: Verbs) -> None:
     evaluate = _verb(
         verbs, "eval", "measure a model on text it has not seen", "openelm eval runs/demo/model --suite bpb:held-out/"
@@ -165,6 +209,31 @@ def _add_models(verbs: Verbs) -> None:
     )
     inspect.add_argument("what", metavar="SIZE_OR_FOLDER", help="a size (270m, 450m, 1.1b, 3b, …) or a model folder")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_plan(verbs: Verbs) -> None:
+    plan = _verb(
+        verbs,
+        "plan",
+        "say what a recipe needs on some devices: memory of each, tokens a second, days, cost",
+        "openelm plan recipes/mine.toml --devices 8 --device h100 --price-per-hour 2.5",
+    )
+    plan.add_argument("recipe", nargs="?", help="a .toml file, a shipped recipe's name, or the run.json of a run")
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
+    plan.add_argument(
+        "--device",
+        choices=("h100", "h200", "a100", "rtx-4090", "cpu"),
+        default="h100",
+        help="data sheet numbers; cpu: measured on this machine, in a second (default: %(default)s)",
+    )
+    plan.add_argument("--price-per-hour", type=float, metavar="X", help="of one device, in any currency")
+    plan.add_argument(
+        "--mfu", type=float, metavar="F", help="fraction of the peak that is reached (default: measured, nearest size)"
+    )
+    plan.add_argument("--vocab-size", type=int, metavar="N", help="ids of a tokenizer that is not here")
+    plan.add_argument("--check", action="store_true", help="predict the runs that were measured, and print the errors")
+    plan.add_argument("--json", action="store_true", help="print one JSON object (with --check: a list)")
+    _add_overrides(plan)
 
 
 def _add_talking(verbs: Verbs) -> None:
@@ -194,6 +263,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: 256)")
     options.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
     options.add_argument("--seed", type=int, help="the same seed gives the same text (default: 0)")
+
+
+def _add_data(verbs: Verbs) -> None:
+    summary = "look after training text before a run: list it, check it, clean it"
+    add_data_actions(verbs.add_parser("data", help=summary, description=summary[0].upper() + summary[1:] + "."))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,20 @@ from rich.console import Console
 
 from openelm.cli.screen import Screen
 from openelm.config import apply_overrides, read_toml
-from openelm.data.reading import read_documents
 from openelm.data.stream import BatchStream
-from openelm.errors import CheckpointError, ConfigError, DataError
-from openelm.evaluate.score import bits_per_byte
+from openelm.errors import CheckpointError, ConfigError
 from openelm.files import folder_lock, make_folder
-from openelm.generate.engine import generate_text
-from openelm.generate.sampling import SamplingConfig
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
 from openelm.model.folder import save_model
 from openelm.model.transformer import OpenELM
 from openelm.release.card import model_card
+from openelm.release.probes import probes
 from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.average import average_checkpoints
-from openelm.train.loop import Event, Probe, train
+from openelm.train.distributed import ALONE, Processes, open_processes
+from openelm.train.loop import Observer, train
 from openelm.train.objectives import NextToken
 from openelm.train.progress import ProgressDisplay, TensorBoard
 from openelm.train.run import Run, RunConfig, open_run
@@ -40,10 +39,18 @@ def train_recipe(arguments: argparse.Namespace) -> int:
     recipe = find_recipe(arguments.recipe)
     config = RunConfig.parse(apply_overrides(read_recipe(recipe), arguments.overrides), file=recipe)
     folder = Path(arguments.out)
-    make_folder(folder)
-    with folder_lock(folder):
-        run = open_run(folder, config, allow_change=arguments.allow_change)
-        train_run(run, console)
+    with ExitStack() as opened:
+        processes = opened.enter_context(open_processes(config.train.device, config.train.timeout_seconds))
+        if processes.leads:
+            make_folder(folder)
+            opened.enter_context(folder_lock(folder))
+            run = open_run(folder, config, allow_change=arguments.allow_change)
+        processes.wait_for_all()
+        if not processes.leads:
+            run = open_run(folder, config, allow_change=arguments.allow_change)
+        train_run(run, console, processes)
+        if not processes.leads:
+            return 0
     page = write_report(folder)
     console.print(f"\nreport   {page}")
     console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}")
@@ -88,16 +95,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return config
 
 
-def train_run(run: Run, console: Console) -> OpenELM:
-    """Train an opened run with its probes, showing its progress."""
+def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenELM:
+    """Train an opened run with its probes; the first process shows the progress."""
     reuse_freed_memory()
     settings = run.config.train
-    tensorboard = TensorBoard(run.folder / "tensorboard")
-    streams: list[BatchStream] = []
+    with ExitStack() as opened:
 
-    def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
-        streams.append(
-            BatchStream(
+        def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
+            stream = BatchStream(
                 run.config.data,
                 run.manifest,
                 run.tokenizer,
@@ -105,58 +110,23 @@ def train_run(run: Run, console: Console) -> OpenELM:
                 seed=settings.seed,
                 rows=settings.rows,
                 length=settings.length,
+                part=(processes.rank, processes.count),
                 cursors=cursors,
             )
+            return opened.enter_context(stream)
+
+        observers: tuple[Observer, ...] = ()
+        if processes.leads:
+            tensorboard = opened.enter_context(closing(TensorBoard(run.folder / "tensorboard")))
+            observers = (opened.enter_context(ProgressDisplay(console, settings.steps)), tensorboard)
+        return train(
+            run,
+            open_batches=open_batches,
+            objective=NextToken(settings.z_loss),
+            probes=probes(run),
+            observers=observers,
+            processes=processes,
         )
-        return streams[0]
-
-    try:
-        with ProgressDisplay(console, settings.steps) as display:
-            return train(
-                run,
-                open_batches=open_batches,
-                objective=NextToken(settings.z_loss),
-                probes=_probes(run),
-                observers=(display, tensorboard),
-            )
-    finally:
-        tensorboard.close()
-        for stream in streams:
-            stream.close()
-
-
-def _probes(run: Run) -> list[Probe]:
-    settings, probes = run.config.evaluation, []
-    if run.held_out is not None:
-        texts, names = zip(*_shortened(run, settings.max_bytes), strict=True)
-
-        def held_out(model: OpenELM, step: int) -> Event:
-            score = bits_per_byte(model, run.tokenizer, texts, names, window_tokens=run.config.train.length)
-            return {"event": "evaluation", "bits_per_byte": score.value.hex(), "documents": score.documents}
-
-        probes.append(Probe(settings.every, held_out))
-    for prompt in settings.prompts:
-        probes.append(Probe(settings.every, _sampler(run, prompt)))
-    return probes
-
-
-def _shortened(run: Run, max_bytes: int) -> list[tuple[str, str]]:
-    """Take the beginnings of the held-out documents, alike long, up to `max_bytes` together."""
-    assert run.held_out is not None
-    documents = [(document.text, Path(document.path).name) for document in read_documents(run.held_out)]
-    if not documents:
-        raise DataError("the held-out files hold no text", file=run.held_out.sources[0].shards[0].path, code="E_EMPTY")
-    documents = documents[:64]
-    share = max(1, max_bytes // max(1, len(documents)))
-    return [(text.encode()[:share].decode(errors="ignore") or text[:1], name) for text, name in documents]
-
-
-def _sampler(run: Run, prompt: str) -> Any:
-    def sample(model: OpenELM, step: int) -> Event:
-        sampling = SamplingConfig(max_tokens=run.config.evaluation.sample_tokens, seed=run.config.train.seed)
-        return {"event": "sample", "prompt": prompt, "text": generate_text(model, run.tokenizer, prompt, sampling)}
-
-    return sample
 
 
 def publish_average(run: Path, last: int, target: Path) -> list[int]:

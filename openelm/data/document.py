@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from openelm.data.remote import DataPath
 from openelm.errors import DataError
 
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -63,7 +63,7 @@ def add_drops(total: Drops, more: Mapping[str, Mapping[str, int]]) -> None:
             counts[reason] = counts.get(reason, 0) + number
 
 
-def decode_text(data: bytes, path: Path, *, line: int | None, offset: int) -> str | DataError:
+def decode_text(data: bytes, path: DataPath, *, line: int | None, offset: int) -> str | DataError:
     """Decode UTF-8 strictly; returns the fault, as a value, for bytes that no text file holds."""
     nul = data.find(0)
     if nul >= 0:
@@ -77,13 +77,13 @@ def decode_text(data: bytes, path: Path, *, line: int | None, offset: int) -> st
         return bad_text(what, path, line, offset + error.start)
 
 
-def bad_text(what: str, path: Path, line: int | None, offset: int | None = None) -> DataError:
+def bad_text(what: str, path: DataPath, line: int | None, offset: int | None = None) -> DataError:
     """Describe a row whose text cannot be used."""
     fix = "save the file as UTF-8 text, or set on_bad_row = 'skip'"
     return DataError(what, fix=fix, file=path, line=line, offset=offset, code="E_TEXT")
 
 
-def too_long(path: Path, limit: int, *, line: int | None, offset: int | None, fix: str) -> DataError:
+def too_long(path: DataPath, limit: int, *, line: int | None, offset: int | None, fix: str) -> DataError:
     """Describe a row that is longer than the source allows."""
     what = f"a document is longer than {limit:,} bytes"
     return DataError(what, fix=fix, file=path, line=line, offset=offset, code="E_LINE_TOO_LONG")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +54,11 @@ def permutation(key: str, size: int) -> npt.NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-_epoch_permutation = functools.lru_cache(maxsize=64)(permutation)
+@functools.lru_cache(maxsize=64)
+def _epoch_permutation(key: str, size: int) -> npt.NDArray[np.uint32]:
+    """Keep what `permutation` returns in half the memory: a source of trillions of tokens has millions of blocks."""
+    assert size < 1 << 32
+    return permutation(key, size).astype(np.uint32)
 
 
 class DocumentOrder:
@@ -61,8 +67,10 @@ class DocumentOrder:
     def __init__(self, source: Source, *, seed: int, lanes: int) -> None:
         self.source, self._lanes = source, lanes
         self._key = f"openelm/{seed}/{source.name}"
-        self._blocks = [(at, block) for at, shard in enumerate(source.shards) for block in shard.blocks]
-        mean_bytes = sum(block.bytes for _, block in self._blocks) // len(self._blocks)
+        # Ends of the shards in a numbering of all blocks; a list of the blocks themselves would be as long as they are.
+        self._ends = list(accumulate(len(shard.blocks) for shard in source.shards))
+        total_bytes = sum(block.bytes for shard in source.shards for block in shard.blocks)
+        mean_bytes = total_bytes // self._ends[-1]
         self._window_blocks = max(1, min(WINDOW_BLOCKS, WINDOW_BYTES // max(1, mean_bytes)))
 
     def stretches(self, lane: int, position: Position) -> list[Stretch]:
@@ -104,13 +112,19 @@ class DocumentOrder:
             position = self.next_slice(lane, position)
 
     def _window(self, lane: int, epoch: int, window: int) -> list[tuple[int, Block]]:
-        count = len(self._blocks)
+        count = self._ends[-1]
         first = -(-(epoch * count - lane) // self._lanes)
         stop = -(-((epoch + 1) * count - lane) // self._lanes)
         first += window * self._window_blocks
         places = range(first, min(stop, first + self._window_blocks))
         order = _epoch_permutation(f"{self._key}/{epoch}", count)
-        return [self._blocks[order[lane + self._lanes * place - epoch * count]] for place in places]
+        return [self._block(int(order[lane + self._lanes * place - epoch * count])) for place in places]
+
+    def _block(self, number: int) -> tuple[int, Block]:
+        """Find a block by its number over all shards, with the shard it is in."""
+        shard = bisect_right(self._ends, number)
+        blocks = self.source.shards[shard].blocks
+        return shard, blocks[number - self._ends[shard]]  # counted from the shard's end: negative
 
     def _slices(self, blocks: list[tuple[int, Block]]) -> int:
         size, rows = sum(block.bytes for _, block in blocks), sum(block.rows for _, block in blocks)

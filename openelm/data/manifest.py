@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -14,8 +14,10 @@ from openelm.config import Config
 from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Block, ReadOptions
 from openelm.data.paths import expand_paths
 from openelm.data.readers import READERS, format_of
+from openelm.data.remote import DataPath, Url, data_path, local_copy
+from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_bytes, sha256_file
+from openelm.files import canonical_json, sha256_bytes, sha256_file, sha256_stream
 
 
 class SourceConfig(Config):
@@ -48,6 +50,8 @@ class Shard:
     sha256: str
     rows: int
     blocks: tuple[Block, ...]
+    version: str = ""
+    """Behind a URL: what the store calls this content, its ETag or time of change."""
 
     def check_unchanged(self, *, whole: bool = False) -> None:
         """Compare the file with the manifest: size and time of change, and its SHA-256 if either differs.
@@ -58,12 +62,12 @@ class Shard:
         Raises:
             DataError: E_CHANGED with both hashes, or when the file is gone.
         """
-        path = Path(self.path)
+        path = data_path(self.path)
         try:
-            status = path.stat()
-            if not whole and (status.st_size, status.st_mtime_ns) == (self.bytes, self.modified_ns):
+            state = file_state(path)
+            if not whole and state == (self.bytes, self.modified_ns, self.version):
                 return
-            found = _hash(path, status.st_size, status.st_mtime_ns) if not whole else sha256_file(path)
+            found = retried(lambda: _sha256(path) if whole else _remembered_sha256(path, *state))
         except OSError as error:
             raise unreadable(path, error) from None
         if found != self.sha256:
@@ -109,12 +113,12 @@ class Manifest:
         value = self.to_json()
         for source in value["sources"]:
             for shard in source["shards"]:
-                del shard["path"], shard["modified_ns"]
+                del shard["path"], shard["modified_ns"], shard["version"]
         return sha256_bytes(canonical_json(value))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` turns into an equal manifest."""
-        return {"sources": [_source_json(source) for source in self.sources]}
+        return {"sources": [source_json(source) for source in self.sources]}
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
@@ -124,7 +128,7 @@ class Manifest:
             DataError: the data is not a manifest.
         """
         try:
-            return cls(tuple(_source(source) for source in value["sources"]))
+            return cls(tuple(source_from_json(source) for source in value["sources"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             fix = "build the manifest again"
             raise DataError(f"not a data manifest ({type(error).__name__}: {error})", fix=fix) from None
@@ -140,27 +144,53 @@ class Manifest:
                 shard.check_unchanged(whole=whole)
 
 
-def _source_json(source: Source) -> dict[str, Any]:
-    value = asdict(source)
-    for shard, original in zip(value["shards"], source.shards, strict=True):
-        shard["blocks"] = [list(astuple(block)) for block in original.blocks]
-    return value
+def source_json(source: Source) -> dict[str, Any]:
+    """Return plain data that `source_from_json` turns into an equal source."""
+    value = {name: getattr(source, name) for name in ("name", *_SETTINGS)}
+    return {**value, "shards": [shard_json(shard) for shard in source.shards]}
 
 
-def _source(value: dict[str, Any]) -> Source:
-    shards = tuple(
-        Shard(**{**shard, "blocks": tuple(Block(*map(int, block)) for block in shard["blocks"])})
-        for shard in value["shards"]
-    )
-    return Source(**{**value, "shards": shards})
+def shard_json(shard: Shard) -> dict[str, Any]:
+    """Return plain data that `shard_from_json` turns into an equal shard."""
+    value = {name: getattr(shard, name) for name in Shard.__slots__}
+    blocks = [[block.first_row, block.rows, block.offset, block.skip_rows, block.bytes] for block in shard.blocks]
+    return {**value, "blocks": blocks}
 
 
-_hash: Callable[[Path, int, int], str] = functools.lru_cache(maxsize=1 << 16)(
-    lambda path, size_bytes, modified_ns: sha256_file(path)
+def shard_from_json(value: dict[str, Any]) -> Shard:
+    """Rebuild a shard from plain data; KeyError, TypeError or ValueError when it is none."""
+    return Shard(**{**value, "blocks": tuple(Block(*map(int, block)) for block in value["blocks"])})
+
+
+def source_from_json(value: dict[str, Any]) -> Source:
+    """Rebuild a source from plain data; KeyError, TypeError or ValueError when it is none."""
+    return Source(**{**value, "shards": tuple(map(shard_from_json, value["shards"]))})
+
+
+def file_state(path: DataPath) -> tuple[int, int, str]:
+    """Return size, time of change and version: what tells cheaply that a file is the same.
+
+    Raises:
+        DataError: the file is gone or may not be read.
+    """
+    try:
+        status: Any = retried(path.stat)  # of a file or of a URL
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return status.st_size, status.st_mtime_ns, getattr(status, "version", "")
+
+
+def _sha256(path: DataPath) -> str:
+    with path.open("rb") as file:
+        return sha256_stream(file)
+
+
+_remembered_sha256: Callable[[DataPath, int, int, str], str] = functools.lru_cache(maxsize=1 << 16)(
+    lambda path, size_bytes, modified_ns, version: _sha256(path)
 )
 
 
-_SETTINGS = ("name", "weight", "text_key", "document_bytes", "max_document_bytes")
+_SETTINGS = ("weight", "text_key", "document_bytes", "max_document_bytes")
 
 
 def build_manifest(
@@ -187,11 +217,11 @@ def build_manifest(
         options = ReadOptions(config.name, config.text_key, config.document_bytes, config.max_document_bytes)
         strict = on_bad_row == "error"
         shards = tuple(
-            _scan(name, path, config.format, options, strict, block_bytes)
+            scan_shard(name, path, config.format, options, strict=strict, block_bytes=block_bytes)
             for name, path in expand_paths(config.paths, config.exclude)
         )
         settings = {name: getattr(config, name) for name in _SETTINGS}
-        source = Source(shards=shards, **settings)
+        source = Source(config.name, shards, **settings)
         if not source.rows:
             what = f"source {config.name!r} is empty: {len(shards)} files hold no text"
             raise DataError(what, fix="give files with text", file=", ".join(config.paths), code="E_EMPTY")
@@ -199,23 +229,47 @@ def build_manifest(
     return Manifest(tuple(sources))
 
 
-def _scan(name: str, path: Path, kind: str, options: ReadOptions, strict: bool, block_bytes: int) -> Shard:
+def scan_shard(
+    name: str, path: DataPath, kind: str, options: ReadOptions, *, strict: bool, block_bytes: int = BLOCK_BYTES
+) -> Shard:
+    """Hash one file and cut it into blocks; what is behind a URL is fetched once, into a temporary file.
+
+    Args:
+        kind: the format, or "auto" for the suffix's.
+        strict: refuse a row over the size limit here.
+
+    Raises:
+        DataError: E_FORMAT, E_READ, E_CHANGED; and what `scan` of the format finds (E_TRUNC, E_SCHEMA, …).
+    """
     kind = format_of(path) if kind == "auto" else kind
+
+    def scan() -> tuple[str, tuple[Block, ...]]:
+        with local_copy(path) if isinstance(path, Url) else contextlib.nullcontext(path) as local:
+            try:
+                blocks = READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes)
+            except DataError as error:
+                raise error if local == path else _about(path, error) from None
+            return sha256_file(local), blocks
+
     try:
-        before = path.stat()
-        digest = sha256_file(path)
-        blocks = READERS[kind].scan(path, options, strict=strict, block_bytes=block_bytes)
-        after = path.stat()
+        before = file_state(path)
+        digest, blocks = retried(scan)
+        after = file_state(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if before != after:
         fix = "wait until it is complete"
         raise DataError("the file is being written to", fix=fix, file=path, code="E_CHANGED")
+    size, modified_ns, version = after
     rows = sum(block.rows for block in blocks)
-    return Shard(str(path), name, kind, after.st_size, after.st_mtime_ns, digest, rows, blocks)
+    return Shard(str(path), name, kind, size, modified_ns, digest, rows, blocks, version)
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def _about(path: DataPath, error: DataError) -> DataError:
+    return DataError(error.what, fix=error.fix, file=path, line=error.line, offset=error.offset, code=error.code)
+
+
+def unreadable(path: DataPath, error: OSError) -> DataError:
     """Describe a data file that the system cannot open or read."""
     code = "E_CHANGED" if isinstance(error, FileNotFoundError) else "E_READ"
     what = f"cannot read the file: {error.strerror or type(error).__name__}"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from openelm.data.document import Document, Drops, add_drops
+from openelm.data.exclude import Exclusions
 from openelm.data.filters import token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
@@ -18,7 +19,7 @@ from openelm.errors import DataError
 from openelm.text.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.int32]
-_DROPS_IN_A_ROW = 100_000
+DROPS_IN_A_ROW = 100_000
 
 
 class Lane:
@@ -26,6 +27,7 @@ class Lane:
 
     Args:
         sources: this lane's reader of each source.
+        excluded: documents to drop although they could be used.
         cursor: where to go on, as returned by `cursor()`; None starts from the beginning.
 
     Raises:
@@ -42,13 +44,16 @@ class Lane:
         min_characters: int,
         min_tokens: int,
         on_bad_row: str,
+        excluded: Exclusions | None = None,
         cursor: Mapping[str, Any] | None = None,
     ) -> None:
         self._number, self._sources, self._tokenizer, self._length = number, sources, tokenizer, length
         self._min_characters, self._min_tokens, self._on_bad_row = min_characters, min_tokens, on_bad_row
+        self._excluded = excluded
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
+        self._longest = 0  # tokens of the longest document so far; decides the mixture
         self._offset = 0  # of the next row's first token in the current document
         self._drops: Drops = {}
         self._document: Tokens | None = None
@@ -60,7 +65,7 @@ class Lane:
         drops = {source: dict(reasons) for source, reasons in self._drops.items()}
         pairs = zip(self._positions, self._taken_tokens, strict=True)
         places = [[*astuple(place), taken] for place, taken in pairs]
-        return {"sources": places, "offset": self._offset, "dropped": drops}
+        return {"sources": places, "offset": self._offset, "longest": self._longest, "dropped": drops}
 
     def row(self) -> tuple[Tokens, Tokens]:
         """Return the next row: tokens (length + 1,) and, for each, the index of its document within the row.
@@ -86,7 +91,7 @@ class Lane:
 
     def _current(self) -> Tokens:
         """Return the current document's tokens, passing over documents that are dropped."""
-        for dropped in range(_DROPS_IN_A_ROW):
+        for dropped in range(DROPS_IN_A_ROW):
             if self._document is not None:
                 return self._document
             index = self._choose()
@@ -97,19 +102,18 @@ class Lane:
             reason = reason_to_drop(row, self._on_bad_row, self._min_characters)
             if reason is None:
                 assert isinstance(row, Document)
+                reason = self._excluded.reason(row) if self._excluded else None
+            if reason is None:
+                assert isinstance(row, Document)
                 self._document, reason = self._tokenize(row)
             self._positions[index] = position
             if reason is not None:
                 add_drops(self._drops, {reader.source.name: {reason: 1}})
-                self._positions[index] = _after(position)
-        raise DataError(
-            f"no usable document among {dropped:,} in a row; dropped by lane {self._number}: {self._drops}",
-            fix="lower data.min_tokens or data.min_characters, or give longer documents",
-            code="E_EMPTY",
-        )
+                self._positions[index] = after(position)
+        raise nothing_usable(dropped, self._number, self._drops)
 
     def _choose(self) -> int:
-        return choose_source(self._taken_tokens, self._weights, self._number)
+        return choose_source(self._taken_tokens, self._weights, self._number, self._longest)
 
     def _tokenize(self, document: Document) -> tuple[Tokens | None, str | None]:
         ids = self._tokenizer.encode(document.text)
@@ -125,7 +129,8 @@ class Lane:
     def _advance(self, length_tokens: int) -> None:
         index = self._choose()
         self._taken_tokens[index] += length_tokens
-        self._positions[index] = _after(self._positions[index])
+        self._longest = max(self._longest, length_tokens)
+        self._positions[index] = after(self._positions[index])
         self._offset, self._document = 0, None
 
     def _restore(self, cursor: Mapping[str, Any]) -> None:
@@ -134,20 +139,32 @@ class Lane:
             self._positions = [Position(*place[:4]) for place in places]
             self._taken_tokens = [place[4] for place in places]
             self._offset = int(cursor["offset"])
+            self._longest = int(cursor.get("longest", 0))  # older checkpoints had no need of it
             add_drops(self._drops, cursor["dropped"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise _bad_cursor(self._number) from None
+            raise bad_cursor(self._number) from None
         numbers = [value for place in places for value in place]
-        if len(places) != len(self._sources) or min([*numbers, self._offset]) < 0:
-            raise _bad_cursor(self._number)
+        if len(places) != len(self._sources) or min([*numbers, self._offset, self._longest]) < 0:
+            raise bad_cursor(self._number)
         if self._offset and self._offset >= len(self._current()):
-            raise _bad_cursor(self._number)
+            raise bad_cursor(self._number)
 
 
-def _after(position: Position) -> Position:
+def after(position: Position) -> Position:
+    """Return the place behind a document's."""
     return Position(position.epoch, position.window, position.slice, position.index + 1)
 
 
-def _bad_cursor(lane: int) -> DataError:
+def bad_cursor(lane: int) -> DataError:
+    """Describe a cursor that is not this lane's."""
     fix = "take the data state from an undamaged checkpoint"
     return DataError(f"the cursor of lane {lane} does not fit this data", fix=fix, code="E_CHANGED")
+
+
+def nothing_usable(dropped: int, lane: int, drops: Drops) -> DataError:
+    """Describe a lane that drops everything it reads."""
+    return DataError(
+        f"no usable document among {dropped:,} in a row; dropped by lane {lane}: {drops}",
+        fix="lower data.min_tokens or data.min_characters, or give longer documents",
+        code="E_EMPTY",
+    )

@@ -1,4 +1,4 @@
-"""Expand the paths of a source into files: the same list, in the same order, on every machine."""
+"""Expand the paths and URLs of a source into files: the same list, in the same order, on every machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from openelm.data.readers import SUFFIXES
+from openelm.data.remote import DataPath, is_url, list_url
 from openelm.errors import DataError
 
 PACKAGE_PREFIX = "package:"
 
 
-def expand_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[tuple[str, Path]]:
-    """List (relative name, absolute path) of the files that paths, folders and globs stand for.
+def expand_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[tuple[str, DataPath]]:
+    """List (relative name, absolute path) of the files that paths, folders, globs and URLs stand for.
 
     Entries keep their order; within an entry files are sorted by relative name. A folder is walked to its
     depth, without hidden files. `package:NAME/file` is a file that the Python package NAME ships. `exclude`
@@ -25,10 +26,10 @@ def expand_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[tuple[str
     Raises:
         DataError: E_PATH for a path that is missing, matches nothing or is not a regular file.
     """
-    found: dict[Path, str] = {}
+    found: dict[DataPath, str] = {}
     for text in paths:
         before = len(found)
-        matches = sorted(_expand(text))
+        matches: list[tuple[str, DataPath]] = sorted(list_url(text) if is_url(text) else _expand(text))
         kept = [match for match in matches if not _is_excluded(match[0], exclude)]
         for name, path in kept:
             found.setdefault(path, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 from openelm.data.document import Block, Document, Drops, add_drops
@@ -12,6 +11,8 @@ from openelm.data.filters import character_filter
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, Shard, Source, SourceConfig, build_manifest, unreadable
 from openelm.data.readers import READERS
+from openelm.data.remote import data_path
+from openelm.data.retry import wait_to_retry
 from openelm.errors import DataError
 
 
@@ -58,17 +59,23 @@ def reason_to_drop(row: Document | DataError, on_bad_row: str, min_characters: i
 def read_block(source: Source, shard: Shard, block: Block, first: int = 0) -> Iterator[Document | DataError]:
     """Yield a block's rows from its row `first` on, exactly as many as the manifest says.
 
+    After an I/O error that may pass it goes on with the row it was at, up to three tries.
+
     Raises:
         DataError: E_CHANGED when the file differs from the manifest; what the format's reader raises.
     """
     shard.check_unchanged()
-    path, count = Path(shard.path), first
-    try:
-        for row in READERS[shard.format].read(path, block, source.options, first):
-            yield row
-            count += 1
-    except OSError as error:
-        raise unreadable(path, error) from None
+    path, count, failures = data_path(shard.path), first, 0
+    while True:
+        try:
+            for row in READERS[shard.format].read(path, block, source.options, count):
+                yield row
+                count += 1
+            break
+        except OSError as error:
+            failures += 1
+            if not wait_to_retry(error, failures):
+                raise unreadable(path, error) from None
     if count != block.rows:
         what = f"the block at row {block.first_row} has {count} rows, but the manifest says {block.rows}"
         raise DataError(what, fix="build the manifest again", file=path, code="E_CHANGED")

@@ -16,11 +16,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from openelm.config import Config
 from openelm.data.document import Drops, add_drops
-from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.exclude import load_exclusions
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.manifest_file import load_manifest
+from openelm.data.pieces import pieces_fingerprint
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
 from openelm.text.tokenizer import Tokenizer
@@ -30,9 +33,14 @@ _CLOSE_SECONDS = 2.0
 
 
 class DataConfig(Config):
-    """What to read and how; none of it but the sources, lanes and filters changes what a model sees."""
+    """What to read and how; what changes what a model sees is in the fingerprint of its cursors."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = ()
+    """Bodies of text whose files are found and hashed at every start."""
+    manifest: str | None = None
+    """In place of sources: a file of `openelm data manifest`, whose files are known and only compared."""
+    weights: dict[str, PositiveFloat] | None = None
+    """With a manifest: its sources' shares of the training tokens, by name; 1 for those not named."""
     lanes: PositiveInt = 16
     """Virtual streams; the rows of a batch must be a multiple of them or divide them."""
     min_characters: NonNegativeInt = 200
@@ -43,6 +51,36 @@ class DataConfig(Config):
     """Processes that read and tokenise; 0: in the training process."""
     read_ahead_batches: PositiveInt = 4
     on_bad_row: Literal["error", "skip"] = "error"
+    packing: Literal["documents", "apple"] = "documents"
+    """`documents`: rows without gaps. `apple`: the published way, a padded row for each 2,048 words."""
+    exclude_documents: tuple[str, ...] = ()
+    """Lists written by `openelm data decontaminate` and `openelm data dedup`, of documents not to train on."""
+
+    @field_validator("exclude_documents", mode="before")
+    @classmethod
+    def _one_list_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if bool(self.sources) == (self.manifest is not None):
+            raise ValueError("give either sources or a manifest")
+        if self.weights and self.manifest is None:
+            raise ValueError("weights are for a manifest's sources; give each of data.sources its own weight")
+        return self
+
+    def open_manifest(self) -> Manifest:
+        """Find and hash the files of the sources, or read the manifest and compare its files.
+
+        Raises:
+            ConfigError: a source's name or weight is wrong.
+            DataError: a file, or the manifest, is missing, changed, damaged or without text.
+        """
+        if self.manifest is None:
+            return build_manifest(self.sources, on_bad_row=self.on_bad_row)
+        manifest = load_manifest(Path(self.manifest), self.weights)
+        manifest.check_unchanged()
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +89,27 @@ class Batch:
 
     Args:
         inputs: int64 (rows, length).
-        targets: int64 (rows, length), the next token, or -100 where that is another document's first.
+        targets: int64 (rows, length), the next token, or -100 where that is another document's first or padding.
         documents: int32 (rows, length), the index of each input's document within its row.
         target_bytes: UTF-8 bytes of text that the targets stand for.
-        sha256: hash of the little-endian bytes of inputs, then targets.
+        row_sha256: uint8 (rows, 32), the hash of each row's little-endian inputs, then targets.
     """
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32]
     target_bytes: int
-    sha256: str
+    row_sha256: npt.NDArray[np.uint8]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of these rows."""
+        return batch_sha256(self.row_sha256)
+
+
+def batch_sha256(row_sha256: npt.NDArray[Any]) -> str:
+    """Hash a whole batch: the SHA-256 of its rows' hashes, in row order."""
+    return hashlib.sha256(row_sha256.tobytes()).hexdigest()
 
 
 class BatchStream:
@@ -74,6 +122,8 @@ class BatchStream:
     Args:
         tokenizer_path: where worker processes load the same tokenizer from.
         rows, length: the shape of a batch; `rows` must be a multiple of `config.lanes` or divide it.
+        part: (k, n): give the rows r of each batch with r % n == k only, and read no lane but theirs;
+            n must divide rows and lanes. The cursors of the other lanes stay as they were given.
         cursors: what `cursors()` returned; the next batch is the one that came after it.
 
     Raises:
@@ -92,9 +142,10 @@ class BatchStream:
         seed: int,
         rows: int,
         length: int,
+        part: tuple[int, int] = (0, 1),
         cursors: list[dict[str, Any]] | None = None,
     ) -> None:
-        _check_shape(rows, length, config.lanes)
+        _check_shape(rows, length, config.lanes, part[1])
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             fix = "use a tokenizer that has both"
             raise DataError("training documents need BOS and EOS tokens", fix=fix, code="E_TOKENIZER")
@@ -109,15 +160,24 @@ class BatchStream:
             "min_characters": config.min_characters,
             "min_tokens": config.min_tokens,
         }
+        excluded = None
+        if config.packing == "apple":
+            self._fingerprint.update(pieces_fingerprint())
+        if config.exclude_documents:
+            excluded = load_exclusions(config.exclude_documents, manifest)
+            self._fingerprint["exclude_documents"] = excluded.sha256
         self._step, self._cursors = _restore(cursors, self._fingerprint, config.lanes)
-        self._rows, self._lanes = rows, config.lanes
+        self._rows, self._lanes, self._part = rows, config.lanes, part
         self._byte_lengths = tokenizer.byte_lengths().astype(np.int64)
         job = Job(
             manifest.to_json(), str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
+            config.packing, excluded,
         )  # fmt: skip
-        count = min(config.workers, config.lanes)
-        shares = [range(worker, config.lanes, max(1, count)) for worker in range(max(1, count))]
+        lanes = range(part[0], config.lanes, part[1])
+        count = min(config.workers, len(lanes))
+        shares = [lanes[worker :: max(1, count)] for worker in range(max(1, count))]
+        self._owners = {lane: worker for worker, share in enumerate(shares) for lane in share}
         self._sources: list[_WorkerProcess | LaneGroup] = []
         if not count:
             self._sources.append(LaneGroup(job, tokenizer, shares[0]))
@@ -148,8 +208,8 @@ class BatchStream:
             raise
         first = self._step * self._rows
         rows = [(zip(part.tokens, part.documents, strict=True)) for part in parts]
-        owners = [place % self._lanes % len(rows) for place in range(first, first + self._rows)]
-        taken = [next(rows[owner]) for owner in owners]
+        places = range(first, first + self._rows)[self._part[0] :: self._part[1]]
+        taken = [next(rows[self._owners[place % self._lanes]]) for place in places]
         for part in parts:
             for lane, cursor in part.cursors.items():
                 self._cursors[lane] = cursor
@@ -163,10 +223,10 @@ class BatchStream:
         return [{"fingerprint": dict(self._fingerprint), "batches": self._step}, *lanes]
 
     def counts(self) -> Drops:
-        """Count the documents dropped before the last batch returned: source -> reason -> documents."""
+        """Count the documents that this part's lanes dropped before the last batch: source -> reason -> documents."""
         total: Drops = {}
-        for cursor in self._cursors:
-            add_drops(total, cursor["dropped"] if cursor else {})
+        for cursor in filter(None, (self._cursors[lane] for lane in self._owners)):
+            add_drops(total, cursor["dropped"])
         return total
 
     def close(self) -> None:
@@ -187,7 +247,7 @@ class BatchStream:
         self.close()
 
 
-def _check_shape(rows: int, length: int, lanes: int) -> None:
+def _check_shape(rows: int, length: int, lanes: int, parts: int) -> None:
     if rows < 1 or length < 1:
         raise ConfigError(f"a batch needs at least 1 row and 1 token (given: {rows} rows, length {length})")
     if rows % lanes and lanes % rows:
@@ -197,6 +257,9 @@ def _check_shape(rows: int, length: int, lanes: int) -> None:
             f"{rows} rows a batch and {lanes} lanes: one must be a multiple of the other",
             fix=f"set data.lanes to {' or '.join(map(str, nearest))}",
         )
+    if rows % parts or lanes % parts:
+        fix = f"make train.rows and data.lanes multiples of {parts}, or start fewer processes"
+        raise ConfigError(f"{parts} processes cannot share {rows} rows a batch from {lanes} lanes", fix=fix)
 
 
 def _restore(
@@ -227,12 +290,13 @@ def _batch(
     tokens: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], byte_lengths: npt.NDArray[np.int64]
 ) -> Batch:
     inputs = tokens[:, :-1].astype("<i8")
-    same = documents[:, 1:] == documents[:, :-1]
+    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)  # below 0: padding
     targets = np.where(same, tokens[:, 1:], IGNORED_TARGET).astype("<i8")
-    digest = hashlib.sha256(inputs.data)
-    digest.update(targets.data)
+    pairs = zip(inputs, targets, strict=True)
+    digests = bytearray().join(hashlib.sha256(row.tobytes() + answers.tobytes()).digest() for row, answers in pairs)
+    row_sha256 = np.frombuffer(digests, np.uint8).reshape(len(inputs), 32)
     target_bytes = int(byte_lengths[targets[same]].sum())
-    return Batch(inputs, targets, np.ascontiguousarray(documents[:, :-1]), target_bytes, digest.hexdigest())
+    return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256)
 
 
 class _WorkerProcess:

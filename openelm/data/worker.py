@@ -10,9 +10,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from openelm.data.exclude import Exclusions
 from openelm.data.lanes import DocumentOrder
 from openelm.data.manifest import Manifest
 from openelm.data.packing import Lane, Tokens
+from openelm.data.pieces import PieceLane
 from openelm.data.reading import SourceReader
 from openelm.errors import DataError, OpenELMError
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +36,8 @@ class Job:
     on_bad_row: str
     first_step: int
     cursors: tuple[dict[str, Any] | None, ...]
+    packing: str = "documents"
+    excluded: Exclusions | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +58,9 @@ class LaneGroup:
         orders = [DocumentOrder(source, seed=job.seed, lanes=job.lanes) for source in sources]
         self._lanes = {number: self._lane(orders, tokenizer, number) for number in numbers}
 
-    def _lane(self, orders: Sequence[DocumentOrder], tokenizer: Tokenizer, number: int) -> Lane:
+    def _lane(self, orders: Sequence[DocumentOrder], tokenizer: Tokenizer, number: int) -> Lane | PieceLane:
         job = self._job
-        return Lane(
+        return (PieceLane if job.packing == "apple" else Lane)(
             number,
             [SourceReader(order, number) for order in orders],
             tokenizer,
@@ -64,6 +68,7 @@ class LaneGroup:
             min_characters=job.min_characters,
             min_tokens=job.min_tokens,
             on_bad_row=job.on_bad_row,
+            excluded=job.excluded,
             cursor=job.cursors[number],
         )
 

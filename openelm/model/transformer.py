@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D dim, V vocabulary, Hq and Hk query and KV heads of t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -188,18 +189,24 @@ class OpenELM(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights as published: Normal(0, fan_in^-1/2), and (2 · layers · dim)^-1/2 for the projections
-        that write to the residual stream; the embedding's fan-in is dim; norm scales are 1.
+        """Draw all weights as published, see `initial_weights`."""
+        parameters = dict(self.named_parameters())
+        for name, weight in self.initial_weights(generator):
+            parameters[name].copy_(weight)
+
+    def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, fp32 weight on the CPU) as published, one after the other: Normal(0, fan_in^-1/2), and
+        (2 · layers · dim)^-1/2 for the projections that write to the residual stream; the embedding's fan-in is dim;
+        norm scales are 1.
 
         Args:
-            generator: a CPU generator; the draws do not depend on the model's device.
+            generator: a CPU generator; the draws depend on nothing but its state and the shapes.
         """
         residual_std = (2 * self.config.num_transformer_layers * self.config.model_dim) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
                 continue
             writes_residual = name.endswith(("attn.out_proj.weight", "ffn.proj_2.weight"))
             std = residual_std if writes_residual else 1 / math.sqrt(parameter.shape[1])
-            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(draw.mul_(std))
+            yield name, torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(std)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
+from openelm.model.parts import fill
 
 
 class AdamWConfig(Config):
@@ -42,8 +43,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
+@torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put named tensors back as the optimizer's state.
+    """Put named tensors back as the optimizer's state; of a sharded model each process takes its part.
 
     Raises:
         CheckpointError: a tensor is of no parameter of the model, or of another shape.
@@ -59,4 +61,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         if parameter is None or tensor.shape != (() if key == "step" else parameter.shape):
             raise CheckpointError(f"the optimizer's tensor {path!r} does not fit this model")
         # Moments live beside their parameter; `step` is a scalar that the fused kernel wants there too.
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        state = tensor.to(parameter.device, copy=True) if key == "step" else torch.empty_like(parameter)
+        if key != "step":
+            fill(state, tensor)
+        optimizer.state[parameter][key] = state

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+_AVERAGED = re.compile(r"the mean of the checkpoints of steps ([0-9]{1,12}(?:, [0-9]{1,12})*)[.\n]")
+
+
+def averaged_steps(card: str) -> list[int] | None:
+    """Read from a card which checkpoints it says the weights are the mean of; None: it does not say."""
+    found = _AVERAGED.search(card)
+    return [int(step) for step in found[1].split(", ")] if found else None
 
 
 def model_card(run: Path, averaged_steps: Sequence[int]) -> str:

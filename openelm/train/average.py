@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +33,22 @@ def average_checkpoints(run: Path, last: int) -> tuple[dict[str, Tensor], list[i
             fix=f"use --last with 1 to {len(steps)}" if steps else "train first",
         )
     chosen = steps[-last:]
+    return mean_of_checkpoints(run, chosen), chosen
+
+
+def mean_of_checkpoints(run: Path, steps: Sequence[int]) -> dict[str, Tensor]:
+    """Return the mean of each tensor over checkpoints, rounded once from float64 to the checkpoints' dtype.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
     totals: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for step in chosen:
+    for step in steps:
         for name, tensor in load_checkpoint(run, step).weights.items():
             dtypes[name] = tensor.dtype
             if name in totals:
                 totals[name] += tensor
             else:
                 totals[name] = tensor.to(torch.float64)
-    return {name: (total / last).to(dtypes[name]) for name, total in totals.items()}, chosen
+    return {name: (total / len(steps)).to(dtypes[name]) for name, total in totals.items()}

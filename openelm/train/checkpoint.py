@@ -1,22 +1,28 @@
-"""Checkpoints: published whole or not at all, verified on load, thinned only after a newer one was re-read."""
+"""Checkpoints: published whole or not at all, verified on load, thinned only after a newer one was re-read.
+
+A model that several processes share is saved in parts: process k writes its rows of every tensor to
+`model-00001-of-00004.safetensors`, and a tensor is its parts one after the other. Any number of processes reads them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
-from openelm.files import publish_folder, remove_folder, remove_leftovers, verify_folder, write_atomic
-from openelm.model.folder import WEIGHTS, read_tensors, write_tensors
+from openelm.files import publish_folder, remove_folder, remove_leftovers, sync_file, verify_folder, write_atomic
+from openelm.model.folder import read_tensors, write_tensors
+from openelm.model.parts import own_part, parts
+from openelm.train.distributed import ALONE, Processes
 
-OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
 
@@ -28,6 +34,27 @@ class CheckpointConfig(Config):
     keep_last: Annotated[int, Field(ge=2)] = 5
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Also keep each checkpoint whose step is a multiple of this; 0 keeps only the last ones."""
+    background: bool = False
+    """Whether training goes on while a copy of the state is written; costs the memory of the copy."""
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Named tensors of one or more files; the parts of a tensor are put together when it is asked for."""
+
+    def __init__(self, files: list[dict[str, Tensor]]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = [file[name] for file in self._files if name in file]
+        if not found:
+            raise KeyError(name)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for file in self._files for name in file))
+
+    def __len__(self) -> int:
+        return len(set(self))
 
 
 @dataclass(frozen=True)
@@ -36,8 +63,8 @@ class Checkpoint:
 
     step: int
     manifest_sha256: str
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
@@ -57,19 +84,42 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-) -> str:
-    """Publish a checkpoint and re-read it; returns the SHA-256 of its manifest.
+    processes: Processes = ALONE,
+) -> Checkpoint | None:
+    """Publish a checkpoint; every process calls this, and the first one verifies, re-reads and returns it.
 
     Raises:
         DiskError: the disk is full or read-only; older checkpoints are intact.
         CheckpointError: what was written does not read back the same.
+        ProcessError: another process could not write its part.
     """
     folder = checkpoint_folder(run, step)
-    with publish_folder(folder, replace=True) as temporary:
-        write_tensors(temporary / WEIGHTS, weights)
-        write_tensors(temporary / OPTIMIZER, optimizer)
-        write_atomic(temporary / STATE, json.dumps({**state, "step": step}, allow_nan=False).encode())
-    return verify_folder(folder)
+    part, count = parts(weights)
+    if processes.leads:
+        with publish_folder(folder, replace=True) as temporary:
+            processes.gather_json(temporary.name)
+            _write_part(temporary, 0, count, weights, optimizer)
+            processes.wait_for_all()
+            write_atomic(temporary / STATE, json.dumps({**state, "step": step, "parts": count}).encode())
+        return load_checkpoint(run, step)
+    temporary = folder.with_name(processes.gather_json(None)[0])
+    if count > 1 and processes.rank < count:  # one copy is enough: the first `count` processes hold it
+        _write_part(temporary, part, count, weights, optimizer)
+    processes.wait_for_all()
+    return None
+
+
+def _write_part(
+    folder: Path, part: int, count: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
+    for stem, tensors in (("model", weights), ("optimizer", optimizer)):
+        path = folder / _part_name(stem, part, count)
+        write_tensors(path, {name: own_part(value) for name, value in tensors.items() if value.ndim or part == 0})
+        sync_file(path)
+
+
+def _part_name(stem: str, part: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{part + 1:05d}-of-{count:05d}.safetensors"
 
 
 def load_checkpoint(run: Path, step: int) -> Checkpoint:
@@ -79,9 +129,28 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
         CheckpointError: it is damaged; names the file.
     """
     folder = checkpoint_folder(run, step)
-    digest = verify_folder(folder)
-    state = json.loads((folder / STATE).read_bytes())
-    return Checkpoint(step, digest, read_tensors(folder / WEIGHTS), read_tensors(folder / OPTIMIZER), state)
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        count = int(state.get("parts", 1))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError("missing or damaged", file=folder / STATE) from None
+    names = [[_part_name(stem, part, count) for part in range(count)] for stem in ("model", "optimizer")]
+    digest = verify_folder(folder, names=(STATE, *names[0], *names[1]))
+    weights, optimizer = (Tensors([read_tensors(folder / name) for name in stem]) for stem in names)
+    return Checkpoint(step, digest, weights, optimizer, state)
+
+
+def check_names(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Compare a checkpoint's weights with a model's, by name and shape.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != expected.get(name):
+            raise CheckpointError(f"{name} has shape {found} in the checkpoint, {expected.get(name)} in the model")
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[tuple[int, CheckpointError]]]:

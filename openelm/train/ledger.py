@@ -27,7 +27,16 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: a line was changed, removed or is not JSON; names it.
     """
-    return [event for event, _ in _read(path)[0]]
+    return [event for event, _ in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Read all whole lines, each with its SHA-256, and check the chain.
+
+    Raises:
+        CheckpointError: a line was changed, removed or is not JSON; names it.
+    """
+    return _read(path)[0]
 
 
 def valid_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import math
 import signal
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from openelm.data.document import Drops, add_drops
 from openelm.data.stream import Batch
-from openelm.errors import CheckpointError, NumericError, Stopped
+from openelm.errors import CheckpointError, ConfigError, NumericError, Stopped, VerificationError
 from openelm.files import canonical_json, make_folder, set_aside, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
+from openelm.model.folder import weights_sha256
+from openelm.model.parts import own_part, parts
 from openelm.model.transformer import OpenELM
-from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
-from openelm.optim.schedule import learning_rate
 from openelm.train.checkpoint import (
     checkpoint_folder,
     clean_checkpoints,
+    load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     thin_checkpoints,
 )
-from openelm.train.ledger import Ledger, number
+from openelm.train.distributed import ALONE, Processes
+from openelm.train.ledger import Ledger
 from openelm.train.objectives import Objective
 from openelm.train.run import Run, environment
+from openelm.train.saving import Saver
+from openelm.train.update import Event, Updater
 
-Event = Mapping[str, Any]
 Observer = Callable[[Event], None]
-
-SPIKE_WINDOW = 64
-_SPIKE_WARMUP = 32
 
 
 class Batches(Protocol):
-    """An endless, resumable source of batches."""
+    """An endless, resumable source of this process's rows of the batches."""
 
     def __next__(self) -> Batch: ...
 
@@ -60,33 +57,6 @@ class Probe:
     measure: Callable[[OpenELM, int], Event]
 
 
-@dataclass
-class State:
-    """What a checkpoint holds besides tensors."""
-
-    step: int = 0
-    """Updates done, the skipped ones included."""
-    tokens: int = 0
-    """Input tokens seen."""
-    seconds: float = 0.0
-    """Wall time spent in the loop, over all starts of the run."""
-    skips_in_a_row: int = 0
-    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "skips_in_a_row": self.skips_in_a_row,
-            "recent_losses": [loss.hex() for loss in self.recent_losses],
-        }
-
-    @classmethod
-    def from_json(cls, step: int, values: Mapping[str, Any]) -> State:
-        losses = deque((number(loss) for loss in values["recent_losses"]), maxlen=SPIKE_WINDOW)
-        return cls(step, values["tokens"], values["seconds"], values["skips_in_a_row"], losses)
-
-
 def train(
     run: Run,
     *,
@@ -94,54 +64,62 @@ def train(
     objective: Objective,
     probes: Sequence[Probe] = (),
     observers: Sequence[Observer] = (),
+    processes: Processes = ALONE,
 ) -> OpenELM:
     """Train to the run's last step, from its newest good checkpoint if it has one.
 
-    The caller holds the run folder's lock.
+    The caller holds the run folder's lock. With several processes each calls this; the first one writes the folder.
 
     Args:
-        open_batches: makes the batches from saved cursors, or from the beginning for None.
-        observers: called with every ledger event of this start, in order.
+        open_batches: makes this process's batches from saved cursors, or from the beginning for None.
+        observers: called with every ledger event of this start, in order, in the first process.
 
     Raises:
         Stopped: a signal came; the state is saved.
         NumericError: a loss or gradient was not finite and the run's policy is to stop.
         CheckpointError: checkpoints exist and none of them is whole.
+        ProcessError: another process died or does not answer.
     """
-    make_folder(run.folder / "checkpoints")
-    clean_checkpoints(run.folder)
-    with Ledger(run.ledger_path) as ledger:
+    _check_processes(run, processes)
+    with ExitStack() as opened:
+        ledger = None
+        if processes.leads:
+            make_folder(run.folder / "checkpoints")
+            clean_checkpoints(run.folder)
+            ledger = opened.enter_context(Ledger(run.ledger_path))
+        saver = opened.enter_context(Saver(run.folder, processes, background=run.config.checkpoints.background))
+        return _Trainer(run, objective, probes, observers, ledger, saver, processes).train(open_batches)
 
-        def record(event: Event) -> None:
-            ledger.append(event)
-            for observer in observers:
-                observer(event)
 
-        return _Trainer(run, objective, probes, record, ledger).train(open_batches)
+def _check_processes(run: Run, processes: Processes) -> None:
+    settings = run.config.train
+    if settings.numerics == "exact" and settings.shards % processes.count:
+        raise ConfigError(
+            f"{processes.count} processes for {settings.shards} shards",
+            fix=f"start at most {settings.shards} processes, a power of two",
+        )
 
 
 class _Trainer:
     """The state of one start of a run."""
 
     def __init__(
-        self, run: Run, objective: Objective, probes: Sequence[Probe], record: Observer, ledger: Ledger
+        self,
+        run: Run,
+        objective: Objective,
+        probes: Sequence[Probe],
+        observers: Sequence[Observer],
+        ledger: Ledger | None,
+        saver: Saver,
+        processes: Processes,
     ) -> None:
-        self.run, self.objective, self.probes, self.record, self.ledger = (
-            run,
-            objective,
-            probes,
-            record,
-            ledger,
-        )
+        self.run, self.probes, self.observers = run, probes, observers
+        self.ledger, self.saver, self.processes = ledger, saver, processes
         self.config = run.config.train
-        self.model = OpenELM(run.model_config)
-        self.model.initialise(torch.Generator().manual_seed(self.config.seed))
-        self.model.to(run.device)
-        self.model.recompute_layers = self.config.recompute_layers
-        self.optimizer = build_adamw(run.config.optimizer, self.model)
-        self.state = State()
+        self.updater = Updater(run, objective, processes)
+        self.state = self.updater.state
         dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-        self.matmul_flops = matmul_flops_per_second(run.device, dtype)
+        self.matmul_flops = matmul_flops_per_second(run.device, dtype) * processes.count
         self.flops_per_token = run.model_config.plan.training_flops_per_token(
             run.model_config.vocab_size, self.config.length
         )
@@ -149,39 +127,79 @@ class _Trainer:
     def train(self, open_batches: Callable[[list[dict[str, Any]] | None], Batches]) -> OpenELM:
         cursors = self._restore()
         if self.state.step >= self.config.steps:
-            if self.ledger.events[-1]["event"] != "finish":  # killed between the last checkpoint and the last line
+            if self.ledger and self.ledger.events[-1]["event"] != "finish":  # killed before the last line
                 self._finish({})
-            return self.model
+            return self.updater.model
         batches = open_batches(cursors)
         clock = _Clock(self.state.seconds)
         with _stop_requests() as stop_signals:
             while self.state.step < self.config.steps:
-                batch = next(batches)
-                event = self._step(batch)
+                self._step(next(batches))
                 self.state.seconds = clock.seconds()
-                self.record(event)
                 last = self.state.step == self.config.steps
-                for probe in self.probes:
-                    if last or self.state.step % probe.every == 0:
-                        self.model.eval()
-                        self.record({"step": self.state.step, **probe.measure(self.model, self.state.step)})
-                        self.model.train()
+                self._measure(last)
                 self.state.seconds = clock.seconds()
-                if stop_signals or last or self.state.step % self.run.config.checkpoints.every == 0:
-                    self._save(batches.cursors())
-                if stop_signals and not last:
-                    self._stop(stop_signals[0])
-        self._finish(batches.counts())
-        return self.model
+                self._take(wait=False)
+                stopping = self.processes.any_true(bool(stop_signals))
+                if stopping or last or self.state.step % self.run.config.checkpoints.every == 0:
+                    self._save(self._all_cursors(batches))
+                if (stopping or last) and self.run.config.checkpoints.background:
+                    self._take(wait=True)
+                if stopping and not last:
+                    self._stop(stop_signals[0] if stop_signals else "another process")
+        self._finish(self._all_drops(batches))
+        return self.updater.model
+
+    def _record(self, event: Event) -> None:
+        """Write an event to the ledger and show it; only the first process does."""
+        if self.ledger is None:
+            return
+        self.ledger.append(event)
+        for observer in self.observers:
+            observer(event)
+
+    def _sync(self) -> None:
+        if self.ledger is not None:
+            self.ledger.sync()
+
+    def _step(self, batch: Batch) -> None:
+        """Do one update and record it.
+
+        Raises:
+            NumericError: the policy is to stop, or too many updates in a row were skipped.
+        """
+        began, tokens_before = time.perf_counter(), self.state.tokens
+        events, error = self.updater.update(batch)
+        seconds = time.perf_counter() - began
+        tokens = self.state.tokens - tokens_before
+        speed = {
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(tokens / seconds, 2),
+            "mfu": round(tokens * self.flops_per_token / seconds / self.matmul_flops, 4),
+        }
+        for event in events:
+            self._record({**event, **speed} if event["event"] == "step" else event)
+        if error is not None:
+            self._sync()
+            raise error
+
+    def _measure(self, last: bool) -> None:
+        """Take the measurements that are due: in the first process, or in all of them that share the model."""
+        model, step = self.updater.model, self.state.step
+        for probe in self.probes if self.processes.leads or self.updater.sharded else ():
+            if last or step % probe.every == 0:
+                model.eval()
+                self._record({"step": step, **probe.measure(model, step)})
+                model.train()
 
     def _finish(self, dropped: Mapping[str, Any]) -> None:
         seconds = round(self.state.seconds, 3)
-        self.record({"event": "finish", "step": self.state.step, "seconds": seconds, "dropped": dropped})
-        self.ledger.sync()
+        self._record({"event": "finish", "step": self.state.step, "seconds": seconds, "dropped": dropped})
+        self._sync()
 
     def _stop(self, name: str) -> None:
-        self.record({"event": "stop", "step": self.state.step, "reason": name})
-        self.ledger.sync()
+        self._record({"event": "stop", "step": self.state.step, "reason": name})
+        self._sync()
         raise Stopped(
             f"stopped by {name} after step {self.state.step}; everything is saved",
             fix="run the same command again to go on",
@@ -189,31 +207,44 @@ class _Trainer:
 
     def _restore(self) -> list[dict[str, Any]] | None:
         """Load the newest good checkpoint and bring the ledger to it; returns the data cursors."""
+        if self.ledger is None:
+            return self._follow()
         checkpoint, damage = newest_checkpoint(self.run.folder)
         if checkpoint is None and damage:
             raise damage[0][1]
         for step, error in damage:
             set_aside(checkpoint_folder(self.run.folder, step))
-            self.record({"event": "damage", "step": checkpoint.step if checkpoint else 0, "reason": str(error)})
+            self._record({"event": "damage", "step": checkpoint.step if checkpoint else 0, "reason": str(error)})
         recorded = max((event.get("step", 0) for event in self.ledger.events), default=0)
-        if checkpoint is None:
-            if self.ledger.events:
-                self.record({"event": "rewind", "step": recorded, "to": 0})
-            self.record({"event": "start", "step": 0, **self._surroundings()})
-            return None
-        if checkpoint.step > recorded:
+        if checkpoint is not None and checkpoint.step > recorded:
             raise CheckpointError(
                 f"the ledger ends at step {recorded}, before the checkpoint of step {checkpoint.step}",
                 file=self.run.ledger_path,
                 fix="restore the run's own ledger.jsonl",
             )
-        self.model.load_state_dict(checkpoint.weights)
-        restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
-        self.state = State.from_json(checkpoint.step, checkpoint.state)
+        self.processes.gather_json(checkpoint.step if checkpoint else None)
+        if checkpoint is None:
+            if self.ledger.events:
+                self._record({"event": "rewind", "step": recorded, "to": 0})
+            self._record({"event": "start", "step": 0, **self._surroundings()})
+            return None
+        self.updater.restore(checkpoint)
+        self.state = self.updater.state
         if self.state.step < self.config.steps:
-            self.record({"event": "rewind", "step": recorded, "to": checkpoint.step})
+            self._record({"event": "rewind", "step": recorded, "to": checkpoint.step})
             digest = {"manifest_sha256": checkpoint.manifest_sha256}
-            self.record({"event": "resume", "step": checkpoint.step, **digest, **self._surroundings()})
+            self._record({"event": "resume", "step": checkpoint.step, **digest, **self._surroundings()})
+        cursors: list[dict[str, Any]] = checkpoint.state["cursors"]
+        return cursors
+
+    def _follow(self) -> list[dict[str, Any]] | None:
+        """Load the checkpoint that the first process chose."""
+        step = self.processes.gather_json(None)[0]
+        if step is None:
+            return None
+        checkpoint = load_checkpoint(self.run.folder, step)
+        self.updater.restore(checkpoint)
+        self.state = self.updater.state
         cursors: list[dict[str, Any]] = checkpoint.state["cursors"]
         return cursors
 
@@ -224,112 +255,72 @@ class _Trainer:
             "matmul_flops_per_second": self.matmul_flops,
             "data_sha256": self.run.manifest.sha256,
             "tokenizer_sha256": self.run.tokenizer.sha256,
+            "processes": self.processes.count,
             "environment": environment(self.run.device, self.run.precision),
         }
 
-    def _step(self, batch: Batch) -> Event:
-        """Do one update; returns its ledger event."""
-        began = time.perf_counter()
-        rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
-        targets = int((batch.targets != -100).sum())
-        loss_sum, nll_sum = self._gradients(batch, max(1, targets))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        loss, nll, gradient_norm = (float(value) for value in (loss_sum, nll_sum, norm))
-        reason = self._objection(nll, gradient_norm)
-        skipped = reason is not None and self._policy(reason) == "skip"
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        self.state.step += 1
-        self.state.tokens += batch.inputs.size
-        self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if skipped else 0
-        if math.isfinite(nll) and not skipped:
-            self.state.recent_losses.append(nll)
-        if reason is not None:
-            self._report(reason, nll, gradient_norm, batch, skipped)
-        seconds = time.perf_counter() - began
-        return {
-            "event": "step",
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "target_tokens": targets,
-            "target_bytes": batch.target_bytes,
-            "loss": nll.hex(),
-            "z_loss": (loss - nll).hex(),
-            "gradient_norm": gradient_norm.hex(),
-            "learning_rate": rate.hex(),
-            "batch_sha256": batch.sha256,
-            "seconds": round(seconds, 6),
-            "tokens_per_second": round(batch.inputs.size / seconds, 2),
-            "mfu": round(batch.inputs.size * self.flops_per_token / seconds / self.matmul_flops, 4),
-        }
+    def _all_cursors(self, batches: Batches) -> list[dict[str, Any]]:
+        """Put the lanes' cursors together: lane l is read by process l % count."""
+        parts = self.processes.gather_json(batches.cursors())
+        return [parts[0][0], *(parts[lane % len(parts)][1 + lane] for lane in range(len(parts[0]) - 1))]
 
-    def _gradients(self, batch: Batch, targets: int) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of the mean loss over the batch's targets; returns (mean loss, mean nats)."""
-        device, micro_rows = self.run.device, self.config.micro_rows or len(batch.inputs)
-        loss_sum = nll_sum = torch.zeros((), device=device)
-        for start in range(0, len(batch.inputs), micro_rows):
-            rows = slice(start, start + micro_rows)
-            inputs, answers = (torch.from_numpy(array[rows]).to(device) for array in (batch.inputs, batch.targets))
-            documents = None
-            if self.config.document_mask and batch.documents[rows].any():  # 0 throughout: one document a row
-                documents = torch.from_numpy(batch.documents[rows]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-                micro_loss, micro_nll = self.objective(self.model, inputs, answers, documents)
-            torch.autograd.backward(micro_loss / targets)
-            loss_sum, nll_sum = loss_sum + micro_loss.detach(), nll_sum + micro_nll
-        return loss_sum / targets, nll_sum / targets
-
-    def _objection(self, nll: float, gradient_norm: float) -> str | None:
-        """Say what is wrong with this update, if anything is."""
-        if not (math.isfinite(nll) and math.isfinite(gradient_norm)):
-            return "nonfinite"
-        recent = self.state.recent_losses
-        if len(recent) < _SPIKE_WARMUP:
-            return None
-        limit = statistics.fmean(recent) + self.config.spike_sigmas * statistics.pstdev(recent)
-        return "spike" if nll > limit else None
-
-    def _policy(self, reason: str) -> str:
-        return self.config.on_nonfinite if reason == "nonfinite" else self.config.on_spike
-
-    def _report(self, reason: str, nll: float, gradient_norm: float, batch: Batch, skipped: bool) -> None:
-        self.record(
-            {
-                "event": "skip" if skipped else reason,
-                "step": self.state.step,
-                "reason": reason,
-                "loss": nll.hex(),
-                "gradient_norm": gradient_norm.hex(),
-                "batch_sha256": batch.sha256,
-            }
-        )
-        if reason != "nonfinite" or (skipped and self.state.skips_in_a_row < self.config.max_skips):
-            return
-        self.ledger.sync()
-        raise NumericError(
-            f"loss {nll} and gradient norm {gradient_norm} at step {self.state.step}"
-            + (f", the {self.state.skips_in_a_row}th skipped in a row" if skipped else ""),
-            file=self.run.ledger_path,
-            fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
-        )
+    def _all_drops(self, batches: Batches) -> Drops:
+        total: Drops = {}
+        for part in self.processes.gather_json(batches.counts()):
+            add_drops(total, part)
+        return total
 
     def _save(self, cursors: list[dict[str, Any]]) -> None:
-        self.ledger.sync()
-        weights = self.model.state_dict()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        """Publish a checkpoint; all processes take part.
+
+        Raises:
+            NumericError: a weight is not finite.
+            VerificationError: processes that must hold the same weights do not.
+        """
+        weights, moments, step = self.updater.model.state_dict(), self.updater.moments(), self.state.step
+        self._compare(weights)
+        if self.processes.any_true(not all(bool(torch.isfinite(own_part(value)).all()) for value in weights.values())):
             raise NumericError(
-                f"weights are not finite at step {self.state.step}; no checkpoint was written",
+                f"weights are not finite at step {step}; no checkpoint was written",
                 fix="the previous checkpoint is intact: go on from it with a lower schedule.peak",
             )
-        state = {**self.state.to_json(), "cursors": cursors, "ledger_head": self.ledger.head}
-        moments = optimizer_tensors(self.optimizer, self.model)
-        digest = save_checkpoint(self.run.folder, self.state.step, weights, moments, state)
-        folder = checkpoint_folder(self.run.folder, self.state.step).relative_to(self.run.folder)
-        self.record({"event": "checkpoint", "step": self.state.step, "folder": str(folder), "manifest_sha256": digest})
-        self.ledger.sync()
+        self._sync()
+        head = self.ledger.head if self.ledger else ""
+        self._take(wait=True)
+        self.saver.save(step, weights, moments, {**self.state.to_json(), "cursors": cursors, "ledger_head": head})
+        self._take(wait=not self.run.config.checkpoints.background)
+
+    def _compare(self, weights: Mapping[str, Tensor]) -> None:
+        """Compare the weights of processes that hold the same ones."""
+        if self.processes.count == 1:
+            return
+        _, count = parts(weights)
+        digest = weights_sha256({name: own_part(value) for name, value in weights.items()})
+        digests = self.processes.gather_json(digest)
+        for rank, found in enumerate(digests):
+            if found != digests[rank % count]:
+                raise VerificationError(
+                    f"the weights of process {rank} differ from those of process {rank % count} at step "
+                    f"{self.state.step}; no checkpoint was written",
+                    fix="a machine computes wrongly: the same command goes on from the last checkpoint without it",
+                )
+
+    def _take(self, *, wait: bool) -> None:
+        """Record a checkpoint that was saved, and thin the older ones."""
+        saved = self.saver.take(wait=wait)
+        if saved is None:
+            return
+        self._record(
+            {
+                "event": "checkpoint",
+                "step": saved.step,
+                "folder": str(checkpoint_folder(self.run.folder, saved.step).relative_to(self.run.folder)),
+                "manifest_sha256": saved.manifest_sha256,
+                "weights_sha256": weights_sha256(saved.weights),
+                "optimizer_sha256": weights_sha256(saved.optimizer),
+            }
+        )
+        self._sync()
         thin_checkpoints(self.run.folder, self.run.config.checkpoints)
 
 

@@ -59,6 +59,15 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    numerics: Literal["fast", "exact"] = "fast"
+    """`exact`: gradients are added in one fixed order, so 1, 2 and 4 processes give the same weights to the bit."""
+    shards: Positive = 8
+    """With `exact`: into how many parts each batch is cut; a power of two, at least the number of processes."""
+    shard_processes: Positive = 1
+    """How many processes share one copy of weights, gradients and optimizer state (FSDP2); 1: each holds a whole
+    copy (data parallel), all of them: fully sharded, fewer: hybrid. Where fewer are started, all of them share."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long a process waits for the others before it stops."""
     document_mask: bool = True
     """Whether the documents packed into one row are hidden from each other."""
     recompute_layers: bool = False
@@ -66,6 +75,8 @@ class TrainConfig(Config):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
+    recheck_every: Count = 0
+    """Compute the gradients of the steps that are multiples of this twice, and stop if they differ; 0: never."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """What to do with an update whose loss or gradient is not finite."""
     max_skips: Positive = 5
@@ -79,6 +90,12 @@ class TrainConfig(Config):
     def _micro_rows_divide(self) -> Self:
         if self.micro_rows is not None and self.rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
+        if self.numerics == "exact" and (self.shards & (self.shards - 1) or self.rows % self.shards):
+            raise ValueError(f"shards {self.shards} must be a power of two that divides rows {self.rows}")
+        if self.numerics == "exact" and self.shard_processes > 1:
+            raise ValueError("numerics 'exact' adds up whole gradients: it needs shard_processes 1")
+        if self.recheck_every and self.shard_processes > 1:
+            raise ValueError("recheck_every compares whole gradients: it needs shard_processes 1")
         return self
 
 
@@ -148,7 +165,7 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    manifest = build_manifest(config.data.sources, on_bad_row=config.data.on_bad_row)
+    manifest = config.data.open_manifest()
     held_out = build_manifest(config.held_out) if config.held_out else None
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
@@ -158,9 +175,7 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     run = Run(
         folder=folder,
         config=config,
-        model_config=config.model.config(tokenizer.vocab_size).model_copy(
-            update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        ),
+        model_config=run_model(config, tokenizer),
         manifest=manifest,
         held_out=held_out,
         tokenizer=tokenizer,
@@ -169,6 +184,12 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     )
     _write_or_compare(folder / "run.json", describe_run(run), allow_change)
     return run
+
+
+def run_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Resolve a recipe's model for the run's tokenizer."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return config.model.config(tokenizer.vocab_size).model_copy(update=ids)
 
 
 def _open_tokenizer(folder: Path, config: RunConfig, manifest: Manifest) -> Tokenizer:
@@ -262,7 +283,7 @@ def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: 
     try:
         stored = json.loads(path.read_bytes())
         before = _comparable(stored)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
@@ -289,7 +310,7 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
         key: description["environment"].get(key) for key in ("openelm", "torch", "precision", "cpu_capability")
     }
     return {
-        **description["config"],
+        **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
         "tokenizer_sha256": description["tokenizer"]["sha256"],

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openelm.data.manifest import SourceConfig, build_manifest
@@ -172,20 +172,34 @@ def mutate(data: bytes, mutations) -> bytes:
     return data
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]),
-    st.lists(MUTATION, max_size=4),
-    st.sampled_from(["error", "skip"]),
+MUTATED = given(
+    name=st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]),
+    mutations=st.lists(MUTATION, max_size=4),
+    on_bad_row=st.sampled_from(["error", "skip"]),
 )
-def test_mutated_files_raise_nothing_but_our_errors(tmp_path_factory, name, mutations, on_bad_row):
-    path = tmp_path_factory.mktemp("fuzz") / name
+
+
+def read_mutated(folder, name, mutations, on_bad_row) -> None:
+    path = folder / name
     path.write_bytes(mutate(_whole(path), mutations))
     try:
         for document in read_documents([source(path, document_bytes=40)], on_bad_row=on_bad_row):
             document.text.encode()
     except OpenELMError as error:
         assert error.exit_code in (2, 3) and str(path) in str(error)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@MUTATED
+def test_mutated_files_raise_nothing_but_our_errors(tmp_path, name, mutations, on_bad_row):
+    read_mutated(tmp_path, name, mutations, on_bad_row)
+
+
+@pytest.mark.faults
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@MUTATED
+def test_ten_thousand_mutated_files_raise_nothing_but_our_errors(tmp_path, name, mutations, on_bad_row):
+    read_mutated(tmp_path, name, mutations, on_bad_row)
 
 
 _WHOLE = {}

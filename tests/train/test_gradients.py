@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from openelm.data.stream import Batch
-from openelm.files import sha256_bytes
 from openelm.model.transformer import OpenELM
-from openelm.train.ledger import Ledger, number
-from openelm.train.loop import _Trainer
+from openelm.train.ledger import number
 from openelm.train.objectives import NextToken
+from openelm.train.update import Updater
 
 
 @pytest.fixture
@@ -28,17 +27,16 @@ def batch() -> Batch:
         targets[row, kept:] = -100
     documents = np.zeros((4, 16), np.int32)
     documents[3, 5:] = 1
-    return Batch(inputs, targets, documents, 100, sha256_bytes(inputs.tobytes() + targets.tobytes()))
+    return Batch(inputs, targets, documents, 100, np.zeros((4, 32), np.uint8))
 
 
 def gradients(bench: Any, folder: Path, batch: Batch, *overrides: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Return (loss, nats, gradients by name) of one batch on the initial weights."""
     run = bench.open(folder, *overrides)
-    with Ledger(folder / "ledger.jsonl") as ledger:
-        trainer = _Trainer(run, NextToken(run.config.train.z_loss), (), lambda event: None, ledger)
-        loss, nll = trainer._gradients(batch, int((batch.targets != -100).sum()))
-    found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
-    return loss.item(), nll.item(), found
+    updater = Updater(run, NextToken(run.config.train.z_loss))
+    loss, nll = updater._accumulate(batch, int((batch.targets != -100).sum()))
+    found = {name: parameter.grad for name, parameter in updater.model.named_parameters()}
+    return loss, nll, found
 
 
 def oracle(bench: Any, folder: Path, batch: Batch, z_loss: float) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -144,8 +142,5 @@ def test_the_gradient_norm_is_the_one_before_clipping(bench: Any, tmp_path: Path
 
 def test_a_batch_without_any_target_is_no_division_by_zero(bench: Any, tmp_path: Path, batch: Batch) -> None:
     nothing = SimpleNamespace(inputs=batch.inputs, targets=np.full_like(batch.targets, -100), documents=batch.documents)
-    run = bench.open(tmp_path)
-    with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        trainer = _Trainer(run, NextToken(), (), lambda event: None, ledger)
-        loss, _ = trainer._gradients(nothing, 1)
-    assert float(loss) == 0.0
+    loss, _ = Updater(bench.open(tmp_path), NextToken())._accumulate(nothing, 1)
+    assert loss == 0.0

@@ -54,6 +54,17 @@ def test_only_what_is_allowed_may_change(bench: Any, tmp_path: Path) -> None:
         bench.open(tmp_path, "train.seed=1", "schedule.peak=0.5", allow_change=["schedule.peak", "train.se"])
 
 
+def test_a_run_of_a_version_without_an_option_has_its_default(bench: Any, tmp_path: Path) -> None:
+    bench.open(tmp_path)
+    path = tmp_path / "run.json"
+    stored = json.loads(path.read_bytes())
+    del stored["config"]["train"]["numerics"], stored["config"]["checkpoints"]["background"]
+    path.write_text(json.dumps(stored))
+    bench.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.numerics"):
+        bench.open(tmp_path, "train.numerics=exact", "train.shards=4")
+
+
 def test_an_allowed_change_is_recorded(bench: Any, tmp_path: Path) -> None:
     """A reader of the run folder must learn of it: run.json or the ledger names the setting and its new value."""
     bench.train_until(tmp_path, 5)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
 from openelm.data.readers import jsonl, parquet, txt
+from openelm.data.remote import DataPath
 from openelm.errors import DataError
 
 READERS: dict[str, ModuleType] = {"txt": txt, "jsonl": jsonl, "parquet": parquet}
@@ -20,7 +20,7 @@ SUFFIXES = {
 }
 
 
-def format_of(path: Path) -> str:
+def format_of(path: DataPath) -> str:
     """Name a file's format by its suffix.
 
     Raises:

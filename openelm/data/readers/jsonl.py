@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn
 
 from openelm.data.document import (
@@ -18,29 +17,36 @@ from openelm.data.document import (
     decode_text,
     too_long,
 )
-from openelm.data.readers.lines import Line, is_compressed, read_lines
+from openelm.data.readers.lines import Line, is_compressed, most_text_bytes, read_lines
+from openelm.data.remote import DataPath
 from openelm.errors import DataError
 
 # A block inside a frame is reached by decompressing the frame from its start: k blocks cost k/2 readings.
 _BLOCKS_PER_FRAME = 16
+_MOST_STARTS = 1 << 16
 _TOO_LONG_FIX = "split the document, raise max_document_bytes, or set on_bad_row = 'skip'"
 
 
-def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES) -> tuple[Block, ...]:
+def scan(
+    path: DataPath, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES
+) -> tuple[Block, ...]:
     """Cut a file into blocks; reads all of it but parses nothing.
 
     Raises:
-        DataError: E_TRUNC or E_CORRUPT for compressed data; E_LINE_TOO_LONG when `strict`.
+        DataError: E_TRUNC, E_CORRUPT or E_BOMB for compressed data; E_LINE_TOO_LONG when `strict`.
     """
     target = min(block_bytes, path.stat().st_size // BLOCKS_PER_FILE)
     starts: list[tuple[int, Line]] = []
     row, end = -1, 0
-    for row, line in enumerate(read_lines(path, 0, options.max_document_bytes)):
+    lines = read_lines(path, 0, options.max_document_bytes, most_bytes=most_text_bytes(path))
+    for row, line in enumerate(lines):
         if line.data is None and strict:
             limit = options.max_document_bytes
             raise too_long(path, limit, line=row + 1, offset=line.offset, fix=_TOO_LONG_FIX)
         if not starts or line.offset - starts[-1][1].offset >= target:
             starts.append((row, line._replace(data=None)))
+            if len(starts) > _MOST_STARTS:  # a file that unpacks to far more than its size
+                starts, target = starts[::2], max(1, 2 * target)
         end = line.offset + (options.max_document_bytes if line.data is None else len(line.data))
     if not starts:
         return ()
@@ -62,7 +68,7 @@ def _thin(starts: list[tuple[int, Line]]) -> list[tuple[int, Line]]:
     return [start for inside in frames.values() for start in inside[:: -(-len(inside) // _BLOCKS_PER_FRAME)]]
 
 
-def read(path: Path, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
+def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
     """Yield the rows of a block from its row `first` on; a bad row is yielded as the error that describes it.
 
     Raises:
@@ -82,7 +88,7 @@ def read(path: Path, block: Block, options: ReadOptions, first: int = 0) -> Iter
         yield result
 
 
-def _parse(data: bytes, path: Path, row: int, offset: int, options: ReadOptions) -> Document | DataError:
+def _parse(data: bytes, path: DataPath, row: int, offset: int, options: ReadOptions) -> Document | DataError:
     decoded = decode_text(data, path, line=row + 1, offset=offset)
     if isinstance(decoded, DataError):
         return decoded
@@ -118,7 +124,7 @@ def _parse(data: bytes, path: Path, row: int, offset: int, options: ReadOptions)
     return Document(text, options.source, str(path), row)
 
 
-def _bad_row(what: str, code: str, path: Path, row: int) -> DataError:
+def _bad_row(what: str, code: str, path: DataPath, row: int) -> DataError:
     fix = "mend the line, or set on_bad_row = 'skip'"
     return DataError(what, fix=fix, file=path, line=row + 1, code=code)
 

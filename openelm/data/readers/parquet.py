@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from openelm.data.document import BLOCK_BYTES, Block, Document, ReadOptions, decode_text, too_long
+from openelm.data.remote import DataPath, Url
+from openelm.data.retry import may_pass
 from openelm.errors import DataError
 
 _BLOCKS_PER_GROUP = 16  # reaching a block inside a row group decodes the rows before it
@@ -16,7 +17,9 @@ _BATCH_ROWS = 64
 _REPAIR = "fetch or write the file again"
 
 
-def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES) -> tuple[Block, ...]:
+def scan(
+    path: DataPath, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES
+) -> tuple[Block, ...]:
     """Cut a file into blocks by its row groups; reads the footer only.
 
     Raises:
@@ -40,7 +43,7 @@ def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: 
         return tuple(blocks)
 
 
-def read(path: Path, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
+def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
     """Yield the rows of a block from its row `first` on; a bad row is yielded as the error that describes it.
 
     Raises:
@@ -68,7 +71,7 @@ def read(path: Path, block: Block, options: ReadOptions, first: int = 0) -> Iter
         left -= len(rows)
 
 
-def _document(value: bytes | None, path: Path, row: int, options: ReadOptions) -> Document | DataError:
+def _document(value: bytes | None, path: DataPath, row: int, options: ReadOptions) -> Document | DataError:
     fix = "mend the row, or set on_bad_row = 'skip'"
     if value is None:
         what = f"row {row}: column {options.text_key!r} holds null, but must hold a string"
@@ -82,7 +85,7 @@ def _document(value: bytes | None, path: Path, row: int, options: ReadOptions) -
     return Document(text, options.source, str(path), row)
 
 
-def _open(path: Path) -> Any:
+def _open(path: DataPath) -> Any:
     with path.open("rb") as file:
         head = file.read(4)
         file.seek(max(0, path.stat().st_size - 4))
@@ -90,7 +93,8 @@ def _open(path: Path) -> Any:
     if head == b"PAR1" != tail:
         what = "the Parquet footer is missing: the file is cut short, and no row can be read"
         raise DataError(what, fix=_REPAIR, file=path, offset=path.stat().st_size, code="E_TRUNC")
-    return _pyarrow().parquet.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
+    opened = path.open("rb") if isinstance(path, Url) else path
+    return _pyarrow().parquet.ParquetFile(opened, page_checksum_verification=True, pre_buffer=False)
 
 
 def _pyarrow() -> Any:
@@ -99,7 +103,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _check_schema(file: Any, path: Path, key: str) -> None:
+def _check_schema(file: Any, path: DataPath, key: str) -> None:
     pyarrow = _pyarrow()
     schema = file.schema_arrow
     present = ", ".join(f"{field.name} ({field.type})" for field in schema)[:400]
@@ -114,12 +118,14 @@ def _check_schema(file: Any, path: Path, key: str) -> None:
 
 
 @contextlib.contextmanager
-def _faults(path: Path) -> Iterator[None]:
+def _faults(path: DataPath) -> Iterator[None]:
     pyarrow = _pyarrow()
     try:
         yield
     except (FileNotFoundError, PermissionError):
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise
         what = f"not a readable Parquet file ({str(error)[:160]})"
         raise DataError(what, fix=_REPAIR, file=path, code="E_CORRUPT") from None

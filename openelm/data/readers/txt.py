@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import BinaryIO
 
 from openelm.data.document import (
@@ -16,13 +15,16 @@ from openelm.data.document import (
     decode_text,
     too_long,
 )
+from openelm.data.remote import DataPath
 from openelm.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _FIX = "set document_bytes to cut the file at blank lines, or raise max_document_bytes"
 
 
-def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES) -> tuple[Block, ...]:
+def scan(
+    path: DataPath, options: ReadOptions, *, strict: bool = True, block_bytes: int = BLOCK_BYTES
+) -> tuple[Block, ...]:
     """Cut a file into blocks of whole documents.
 
     Raises:
@@ -44,7 +46,7 @@ def scan(path: Path, options: ReadOptions, *, strict: bool = True, block_bytes: 
     )
 
 
-def read(path: Path, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
+def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Document | DataError]:
     """Yield the documents of a block from its row `first` on; a bad one is yielded as its error."""
     with path.open("rb") as file:
         for row, (offset, data) in enumerate(_cut(file, block.offset, options), block.first_row):
@@ -95,7 +97,7 @@ def _cut(file: BinaryIO, offset: int, options: ReadOptions) -> Iterator[tuple[in
         yield offset, b"".join(parts)
 
 
-def _line_of(path: Path, offset: int) -> int:
+def _line_of(path: DataPath, offset: int) -> int:
     line = 1
     with path.open("rb") as file:
         while offset > 0 and (data := file.read(min(1 << 20, offset))):

@@ -1,0 +1,165 @@
+"""`openelm data decontaminate` and `openelm data dedup`: lists of documents that a run should leave out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from openelm.cli.screen import Screen
+from openelm.config import read_toml
+from openelm.data.duplicates import MinHash, all_shards, documents_of, exact_duplicates, near_duplicates
+from openelm.data.exclude import CONTAMINATED, DUPLICATE, exclusion_line
+from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.overlap import NgramIndex
+from openelm.data.stream import DataConfig
+from openelm.errors import CheckpointError, ConfigError
+from openelm.files import disk_errors, make_folder, publish_folder, replacing
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def decontaminate(arguments: argparse.Namespace) -> int:
+    """List the documents that share word n-grams with evaluation texts; prints how much of those was met."""
+    _check_at_least(arguments.words, 1, "--words")
+    if not 0 <= arguments.min_share <= 1:
+        raise ConfigError(f"--min-share {arguments.min_share} is not a part of 1", fix="give a number from 0 to 1")
+    folder, console = Path(arguments.out), Screen()
+    if folder.exists():
+        raise CheckpointError("the folder exists already", file=folder, fix="choose another name or remove it")
+    index = NgramIndex([Path(path) for path in arguments.against], arguments.words)
+    manifest = _manifest(arguments, console)
+    listed: Counter[str] = Counter()
+    documents = 0
+    with publish_folder(folder) as temporary, _progress(manifest, console) as progress:
+        with (temporary / "exclude.jsonl").open("wb") as file:
+            for source, shard in all_shards(manifest):
+                for row, document in enumerate(documents_of(source, shard, progress)):
+                    documents += 1
+                    overlap = index.overlap(document.text) if document else None
+                    if overlap and overlap.matches and overlap.share >= arguments.min_share:
+                        found = {"matches": overlap.matches, "share": round(overlap.share, 6)}
+                        file.write(exclusion_line(source, shard, row, CONTAMINATED, **found))
+                        listed[source.name] += 1
+        files = index.files()
+        report = {
+            "words": arguments.words,
+            "min_share": arguments.min_share,
+            "documents": documents,
+            "listed": dict(listed),
+            "against": [asdict(file) for file in files],
+        }
+        (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    for entry in files:
+        met = entry.met / max(1, entry.ngrams)
+        short = f"; {entry.too_short:,} texts have fewer words and were not looked for" if entry.too_short else ""
+        console.print(
+            f"{entry.path}: {entry.met:,} of {entry.ngrams:,} {arguments.words}-word runs found ({met:.2%}){short}",
+            markup=False,
+            soft_wrap=True,
+        )
+    _print_result(console, listed, documents, folder / "exclude.jsonl")
+    return 0
+
+
+def dedup(arguments: argparse.Namespace) -> int:
+    """List the documents that repeat an earlier one."""
+    for name in ("words", "bands", "hashes"):
+        _check_at_least(getattr(arguments, name), 1, f"--{name}")
+    path, console = Path(arguments.out), Screen()
+    manifest = _manifest(arguments, console)
+    make_folder(path.parent)
+    with (
+        disk_errors(path),
+        tempfile.TemporaryDirectory(prefix=".dedup-", dir=path.parent) as scratch,
+        _progress(manifest, console) as progress,
+    ):
+        if arguments.method == "exact":
+            found = exact_duplicates(manifest, Path(scratch), progress)
+        else:
+            settings = MinHash(arguments.words, arguments.bands, arguments.hashes)
+            found = near_duplicates(manifest, Path(scratch), progress, settings)
+    shards = all_shards(manifest)
+    with replacing(path) as file:
+        for duplicate in found:
+            kept_source, kept_shard = shards[duplicate.kept_shard]
+            kept = {"source": kept_source.name, "shard": kept_shard.name, "row": duplicate.kept_row}
+            file.write(exclusion_line(*shards[duplicate.shard], duplicate.row, DUPLICATE, kept=kept))
+    listed = Counter(shards[duplicate.shard][0].name for duplicate in found)
+    _print_result(console, listed, sum(source.rows for source in manifest.sources), path)
+    return 0
+
+
+def _check_at_least(value: int, least: int, name: str) -> None:
+    if value < least:
+        raise ConfigError(f"{name} {value} is too small", fix=f"give at least {least}")
+
+
+def _manifest(arguments: argparse.Namespace, console: Console) -> Manifest:
+    """Find the files of a recipe's sources, or of the paths as one source."""
+    recipes = [Path(what) for what in arguments.what if what.endswith(".toml")]
+    if recipes and len(arguments.what) > 1:
+        raise ConfigError("a recipe stands alone", fix="give one .toml recipe, or files, folders and globs")
+    console.print("looking at the files …")
+    if recipes:
+        data = read_toml(recipes[0]).get("data", {})
+        data = {**data, "exclude_documents": [], "on_bad_row": "skip"} if isinstance(data, dict) else data
+        return DataConfig.parse(data, file=recipes[0]).open_manifest()
+    source = SourceConfig(name="text", paths=tuple(arguments.what), text_key=arguments.text_key)
+    return build_manifest([source], on_bad_row="skip")
+
+
+def _print_result(console: Console, listed: Counter[str], documents: int, path: Path) -> None:
+    total = listed.total()
+    for name, number in listed.items():
+        console.print(f"{name}: {number:,} listed", markup=False, soft_wrap=True)
+    console.print(
+        f"{total:,} of {documents:,} documents ({total / max(1, documents):.2%}) are in {path}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if total:
+        console.print(f'next     data.exclude_documents = "{path}" in a recipe', markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(manifest: Manifest, console: Console) -> Iterator[_Bytes]:
+    blocks = (block for source in manifest.sources for shard in source.shards for block in shard.blocks)
+    total = sum(block.bytes for block in blocks)
+    if not console.is_terminal:
+        yield _Bytes(total, console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=max(1, total))
+        yield _Bytes(total, console, lambda count: bar.advance(task, count))
+
+
+class _Bytes:
+    """Counts what was read: onto a bar, or as a line every ten seconds where there is no terminal."""
+
+    def __init__(self, total: int, console: Console, advance: Callable[[int], None] | None = None) -> None:
+        self._total, self._console, self._advance = total, console, advance
+        self._done, self._last = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._advance is not None:
+            self._advance(count)
+        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._console.print(f"read {self._done:,} of about {self._total:,} bytes", markup=False, soft_wrap=True)

@@ -1,0 +1,37 @@
+"""What one process holds of a tensor that several processes share: its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded: each process takes its rows."""
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        first = _first_row(tensor)
+        local.copy_(whole[first : first + len(local)])
+    else:
+        tensor.copy_(whole)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: its rows, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def parts(parameters: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return (which part this process holds, of how many), (0, 1) where nothing is sharded."""
+    for tensor in parameters.values():
+        if isinstance(tensor, DTensor):
+            return tensor.device_mesh.get_local_rank("shard"), tensor.device_mesh.size(1)
+    return 0, 1
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Rows are dealt as torch.chunk cuts them: all parts as large as the first, but for the last ones."""
+    part, count = tensor.device_mesh.get_local_rank("shard"), tensor.device_mesh.size(1)
+    return min(len(tensor), part * -(-len(tensor) // count))

@@ -1,0 +1,273 @@
+"""Level 0: do the files of a publication hold together? Needs neither its data nor its numerics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openelm.errors import VerificationError
+from openelm.files import MANIFEST, verify_folder
+from openelm.model.config import ModelConfig
+from openelm.model.folder import WEIGHTS, load_model, weights_sha256
+from openelm.model.plan import matched_uniform_plan
+from openelm.model.transformer import OpenELM
+from openelm.release.card import averaged_steps
+from openelm.release.findings import Findings
+from openelm.release.history import check_history
+from openelm.release.publication import Publication, SavedState, parse, plain, read_json
+from openelm.text.tokenizer import Tokenizer, load_tokenizer
+from openelm.train.average import mean_of_checkpoints
+from openelm.train.checkpoint import STATE, load_checkpoint
+from openelm.train.run import run_model
+
+_READ = frozenset({"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock"})
+_NOT_READ = {
+    "report.html": "made from the ledger",
+    "tensorboard": "made from the ledger",
+    "ledger.torn": "the rest of a line that a crash cut short",
+    "text": "compared from level 2 on, where run.json names it",
+    "uniform": "a run of its own: verify it apart",
+}
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
+    """Do every check of level 0; returns the run's tokenizer.
+
+    Raises:
+        VerificationError: the first thing that does not fit.
+    """
+    findings.run("ledger: order of its lines", lambda: _history(publication, findings))
+    tokenizers: list[Tokenizer] = []
+    findings.run("tokenizer", lambda: _tokenizer(publication, tokenizers, findings))
+    findings.run("run.json and the ledger", lambda: _settings(publication, tokenizers[0], findings))
+    findings.run("checkpoints", lambda: _checkpoints(publication, findings))
+    if (publication.folder / "model").exists():
+        findings.run("published model", lambda: _model(publication, tokenizers[0], findings))
+    else:
+        findings.skip("published model", "the run has no model folder")
+    if (publication.folder / "result.json").exists():
+        findings.run("result.json", lambda: _result(publication, findings))
+    findings.skip("speeds, times and MFU", "they are claims about a machine, not about the model")
+    for path in sorted(publication.folder.iterdir()):
+        if path.name not in _READ:
+            findings.skip(path.name, _NOT_READ.get(path.name, "no part of a run that is known here"))
+    return tokenizers[0]
+
+
+def _history(publication: Publication, findings: Findings) -> str:
+    for note in check_history(publication):
+        findings.skip(*note.split(": ", 1))
+    rewinds = sum(line.event == "rewind" for line in publication.lines)
+    return f"{len(publication.lines):,} chained lines, {len(publication.steps):,} steps, {rewinds} rewinds"
+
+
+def _name_extras(folder: Path, findings: Findings) -> None:
+    """Name the files of a verified folder that its manifest does not list."""
+    listed = read_json(folder / MANIFEST)["files"]
+    for extra in sorted({file.name for file in folder.iterdir()} - {*listed, MANIFEST}):
+        findings.skip(f"{folder.name}/{extra}", "the folder's manifest does not list it")
+
+
+def _tokenizer(publication: Publication, found: list[Tokenizer], findings: Findings) -> str:
+    folder = plain(publication.folder / "tokenizer")
+    verify_folder(folder)
+    _name_extras(folder, findings)
+    found.append(load_tokenizer(folder))
+    facts = publication.description.tokenizer
+    expect("tokenizer", facts.sha256, found[0].sha256, folder)
+    expect("vocabulary", facts.vocab_size, found[0].vocab_size, folder)
+    return f"SHA-256 {facts.sha256[:12]}…"
+
+
+def expect(name: str, recorded: object, found: object, file: Path) -> None:
+    """Compare a recorded value with the one found.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    if recorded != found:
+        raise VerificationError(f"{name} is {found!r}, recorded is {recorded!r}", file=file)
+
+
+def _settings(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
+    described, config = publication.description, publication.config
+    path = publication.folder / "run.json"
+    model = run_model(config, tokenizer)
+    derived: dict[str, Any] = {
+        "seed": config.train.seed,
+        "model": model.model_dump(mode="json"),
+        "parameters": model.parameters,
+        "plan": _plain(asdict(model.plan)),
+        "uniform_plan": _plain(asdict(matched_uniform_plan(model.plan))),
+    }
+    for name, value in derived.items():
+        expect(name, _plain(getattr(described, name)), _plain(value), path)
+    expect("whether there is held-out text", bool(config.held_out), publication.held_out is not None, path)
+    facts = {
+        "data_sha256": publication.data.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "parameters": model.parameters,
+    }
+    for start in publication.starts:
+        for name, value in facts.items():
+            expect(f"{name} of the {start.event} at step {start.step}", getattr(start, name), value, publication.ledger)
+    expect("config_sha256", publication.starts[-1].config_sha256, publication.config_sha256, path)
+    others = [step for step in publication.start_of if not publication.same_settings(step)]
+    if others:
+        findings.skip(
+            f"updates {others[0]} to {others[-1]}",
+            "made before the settings changed, and the publication does not hold the old ones",
+        )
+        findings.weaken("settings changed on the way")
+    return f"settings, plan, data and {model.parameters:,} parameters; {len(publication.starts)} starts"
+
+
+def _plain(value: object) -> object:
+    """Bring tuples to lists, so that what JSON holds can be compared."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _checkpoints(publication: Publication, findings: Findings) -> str:
+    folder = plain(publication.folder / "checkpoints")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    shapes = expected_shapes(publication)
+    known = {publication.checkpoint(step).name: step for step in publication.checkpoints}
+    for path in found:
+        plain(path)
+        if path.name in known:
+            _checkpoint(publication, known[path.name], shapes, findings)
+        elif path.name.startswith("step-"):
+            raise VerificationError("the ledger knows no checkpoint of this step", file=path)
+        else:
+            findings.skip(f"checkpoints/{path.name}", "not a checkpoint")
+    thinned = sorted(publication.saved.keys() - set(publication.checkpoints))
+    if thinned:
+        findings.skip(
+            f"{len(thinned)} checkpoints between steps {thinned[0]} and {thinned[-1]}",
+            "not there any more; their hashes are compared when their steps are replayed",
+        )
+    return f"{len(publication.checkpoints)} of {len(publication.saved)} recorded ones are there, whole and as recorded"
+
+
+def expected_shapes(publication: Publication) -> dict[str, tuple[int, ...]]:
+    """Name the tensors of the run's model, and their shapes."""
+    with torch.device("meta"):
+        model = OpenELM(ModelConfig.parse(publication.description.model))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[int, ...]], findings: Findings) -> None:
+    path = publication.checkpoint(step)
+    checkpoint = load_checkpoint(publication.folder, step)
+    manifest, weights, moments = checkpoint.manifest_sha256, checkpoint.weights, checkpoint.optimizer
+    _name_extras(path, findings)
+    state = parse(SavedState, read_json(path / STATE), path / STATE)
+    expect("step", step, state.step, path / STATE)
+    expected = {f"{name}/{key}": () if key == "step" else shape for name, shape in shapes.items() for key in _MOMENTS}
+    for what, tensors, wanted in (("model", weights, shapes), ("optimizer", moments, expected)):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted and (found or what == "model"):
+            odd = sorted(found.items() ^ wanted.items())[0][0]
+            raise VerificationError(f"the {what}'s tensor {odd!r} does not fit the run's model", file=path)
+    for name, tensor in (*weights.items(), *moments.items()):
+        expect(f"dtype of {name}", str(tensor.dtype), "torch.float32", path)
+    saved = publication.saved.get(step)
+    if saved is None:
+        _unrecorded(publication, step, manifest, state, findings)
+        return
+    expect("manifest_sha256", saved.manifest_sha256, manifest, path / MANIFEST)
+    expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
+    for name, recorded, tensors in (
+        ("weights_sha256", saved.weights_sha256, weights),
+        ("optimizer_sha256", saved.optimizer_sha256, moments),
+    ):
+        if recorded is not None:
+            expect(name, recorded, weights_sha256(tensors), path)
+
+
+def _unrecorded(publication: Publication, step: int, manifest: str, state: SavedState, findings: Findings) -> None:
+    """Check a checkpoint whose line a kill prevented: a resume names it, or the run ended there."""
+    path = publication.checkpoint(step)
+    resumes = [line for line in publication.valid if line.event == "resume" and line.step == step]
+    if state.ledger_head not in publication.hashes:
+        raise VerificationError("ledger_head is no line of the ledger", file=path / STATE)
+    for line in resumes:
+        expect("manifest_sha256", line.raw["manifest_sha256"], manifest, path / MANIFEST)
+    if not resumes:
+        if step != len(publication.steps):
+            raise VerificationError("the ledger knows no checkpoint of this step", file=path)
+        findings.skip(f"the hash of {path.name}", "the run was killed before it recorded it; a replay compares it")
+
+
+def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
+    folder = plain(publication.folder / "model")
+    verify_folder(folder, names=("config.json", WEIGHTS))
+    _name_extras(folder, findings)
+    model = load_model(folder)
+    found = _plain(model.config.model_dump(mode="json"))
+    expect("config.json", _plain(publication.description.model), found, folder / "config.json")
+    expect("tokenizer", tokenizer.sha256, load_tokenizer(folder).sha256, folder)
+    weights, card = model.state_dict(), folder / "README.md"
+    steps = averaged_steps(plain(card).read_text("utf-8", errors="replace")) if card.is_file() else None
+    if steps is None:
+        return _some_mean(publication, weights)
+    if unknown := [step for step in steps if step not in publication.saved and step not in publication.checkpoints]:
+        raise VerificationError(f"the card names step {unknown[0]}, which has no checkpoint", file=card)
+    if gone := [step for step in steps if step not in publication.checkpoints]:
+        findings.skip("published weights", f"the card says they are a mean, and step {gone[0]} is not there any more")
+        findings.weaken("published weights not compared")
+        return "whole; its weights were not compared"
+    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), weights, folder / WEIGHTS)
+    return f"bitwise the mean of the checkpoints of steps {', '.join(map(str, steps))}, as its card says"
+
+
+def _some_mean(publication: Publication, weights: Mapping[str, Tensor]) -> str:
+    digest = weights_sha256(weights)
+    for first in range(len(publication.checkpoints) - 1, -1, -1):
+        steps = publication.checkpoints[first:]
+        if weights_sha256(mean_of_checkpoints(publication.folder, steps)) == digest:
+            return f"bitwise the mean of the last {len(steps)} checkpoints; no card says so"
+    raise VerificationError(
+        "the published weights are not the mean of the last checkpoints, however many",
+        file=publication.folder / "model" / WEIGHTS,
+    )
+
+
+def compare_tensors(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Compare tensors bit by bit.
+
+    Raises:
+        VerificationError: names the first tensor that differs, and by how much.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected or name not in found:
+            raise VerificationError(f"tensor {name} is only in one of the published and {what}", file=file)
+        mine, theirs = expected[name].detach().cpu(), found[name].detach().cpu()
+        if weights_sha256({name: mine}) != weights_sha256({name: theirs}):
+            same = mine.shape == theirs.shape
+            by = f", by up to {(mine.double() - theirs.double()).abs().max().item():.3g}" if same else " in shape"
+            raise VerificationError(f"tensor {name} differs from {what}{by}", file=file)
+
+
+def _result(publication: Publication, findings: Findings) -> str:
+    path = publication.folder / "result.json"
+    result = read_json(path)
+    if not isinstance(result, dict):
+        raise VerificationError("not a JSON object", file=path)
+    expect("parameters", result.get("parameters"), publication.description.parameters, path)
+    expect("seed", result.get("seed"), publication.description.seed, path)
+    expect("precision", result.get("precision"), publication.starts[-1].environment.get("precision"), path)
+    if not (publication.folder / "model").exists():
+        findings.skip("result.json: final_weights_sha256", "the run has no model folder")
+        return "parameters, seed and precision"
+    digest = weights_sha256(load_model(publication.folder / "model").state_dict())
+    expect("final_weights_sha256", result.get("final_weights_sha256"), digest, path)
+    return "parameters, seed, precision and final_weights_sha256"

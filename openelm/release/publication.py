@@ -1,0 +1,314 @@
+"""A published run as a stranger reads it: data to be doubted, parsed strictly, never executed, never written to."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import Field
+
+from openelm.data.manifest import Manifest
+from openelm.errors import DataError, VerificationError
+from openelm.files import canonical_json, sha256_bytes
+from openelm.train.checkpoint import checkpoint_folder
+from openelm.train.ledger import read_lines, valid_events
+from openelm.train.run import RunConfig
+
+
+def _exact(text: str) -> str:
+    if float.fromhex(text).hex() != text:
+        raise ValueError("not a number as float.hex writes it")
+    return text
+
+
+_CHECKPOINT_NAME = re.compile(r"step-[0-9]{8,12}")
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hex = Annotated[str, pydantic.AfterValidator(_exact)]
+Text = Annotated[str, Field(max_length=1 << 20)]
+
+
+class Strict(pydantic.BaseModel):
+    """A part of a publication; keys that nothing here reads are left alone."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore")
+
+
+class Line(Strict):
+    """A ledger line; `raw` is all of it."""
+
+    event: Text
+    step: Count
+    raw: dict[str, Any] = Field(exclude=True, repr=False)
+
+
+class Step(Line):
+    tokens: Count
+    target_tokens: Count
+    target_bytes: Count
+    loss: Hex
+    z_loss: Hex
+    gradient_norm: Hex
+    learning_rate: Hex
+    batch_sha256: Hash
+
+
+class Objection(Line):
+    """`skip`, `spike` or `nonfinite`: written before the `step` of the same update, or instead of it."""
+
+    loss: Hex
+    gradient_norm: Hex
+    batch_sha256: Hash
+
+
+class Evaluation(Line):
+    bits_per_byte: Hex
+    documents: Count
+
+
+class Sample(Line):
+    prompt: Text
+    text: Text
+
+
+class Saved(Line):
+    folder: Text
+    manifest_sha256: Hash
+    weights_sha256: Hash | None = None
+    optimizer_sha256: Hash | None = None
+
+
+class Start(Line):
+    """`start` or `resume`: with what the lines after it were made."""
+
+    config_sha256: Hash
+    data_sha256: Hash
+    tokenizer_sha256: Hash
+    parameters: Count
+    processes: Annotated[int, Field(ge=1, strict=True)] = 1
+    environment: dict[str, Text]
+    manifest_sha256: Hash | None = None
+
+
+class Rewind(Line):
+    to: Count
+
+
+class Finish(Line):
+    dropped: dict[str, dict[str, Count]] = {}
+
+
+KINDS: dict[str, type[Line]] = {
+    "step": Step,
+    **dict.fromkeys(("skip", "spike", "nonfinite"), Objection),
+    "evaluation": Evaluation,
+    "sample": Sample,
+    "checkpoint": Saved,
+    **dict.fromkeys(("start", "resume"), Start),
+    "rewind": Rewind,
+    "finish": Finish,
+    **dict.fromkeys(("stop", "damage"), Line),
+}
+
+
+class TokenizerFacts(Strict):
+    vocab_size: Count
+    sha256: Hash
+
+
+class Description(Strict):
+    """`run.json`."""
+
+    config: dict[str, Any]
+    seed: Count
+    model: dict[str, Any]
+    parameters: Count
+    plan: dict[str, Any]
+    uniform_plan: dict[str, Any]
+    data: dict[str, Any]
+    held_out: dict[str, Any] | None
+    tokenizer: TokenizerFacts
+
+
+class SavedState(Strict):
+    """`state.json` of a checkpoint."""
+
+    step: Count
+    tokens: Count
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    skips_in_a_row: Count
+    recent_losses: tuple[Hex, ...]
+    cursors: tuple[dict[str, Any], ...]
+    ledger_head: Hash
+    parts: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A run folder whose `run.json` and ledger were read; `valid` is the ledger without what a rewind made void."""
+
+    folder: Path
+    description: Description
+    config: RunConfig
+    lines: tuple[Line, ...]
+    hashes: tuple[str, ...]
+    valid: tuple[Line, ...]
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        """The valid steps, in order."""
+        return [line for line in self.valid if isinstance(line, Step)]
+
+    @functools.cached_property
+    def updates(self) -> dict[int, list[Line]]:
+        """What the ledger says about each update: objections, then the step unless the run ended there."""
+        found: dict[int, list[Line]] = {}
+        for line in self.valid:
+            if isinstance(line, Step | Objection):
+                found.setdefault(line.step, []).append(line)
+        return found
+
+    @functools.cached_property
+    def saved(self) -> dict[int, Saved]:
+        """The last valid `checkpoint` line of each step."""
+        return {line.step: line for line in self.valid if isinstance(line, Saved)}
+
+    @functools.cached_property
+    def starts(self) -> list[Start]:
+        """All starts and resumes, the void ones included."""
+        return [line for line in self.lines if isinstance(line, Start)]
+
+    @functools.cached_property
+    def start_of(self) -> dict[int, Start]:
+        """Which start made the valid lines of an update."""
+        found: dict[int, Start] = {}
+        current = None
+        for line in self.valid:
+            current = line if isinstance(line, Start) else current
+            if isinstance(line, Step | Objection) and current is not None:
+                found[line.step] = current
+        return found
+
+    @functools.cached_property
+    def config_sha256(self) -> str:
+        """What `start` and `resume` lines record of the settings in `run.json`."""
+        return sha256_bytes(canonical_json(self.config.model_dump(mode="json")))
+
+    def same_settings(self, step: int) -> bool:
+        """Whether an update was made with the settings in `run.json`."""
+        return self.start_of[step].config_sha256 == self.config_sha256
+
+    @functools.cached_property
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that are still there, and that the history reaches."""
+        folder = self.folder / "checkpoints"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        steps = sorted(int(name[5:]) for name in names if _CHECKPOINT_NAME.fullmatch(name))
+        return [step for step in steps if 0 < step <= len(self.steps) and self.checkpoint(step).name in names]
+
+    def checkpoint(self, step: int) -> Path:
+        return checkpoint_folder(self.folder, step)
+
+    @functools.cached_property
+    def data(self) -> Manifest:
+        """The training files as `run.json` lists them.
+
+        Raises:
+            VerificationError: the list does not have the hash it claims.
+        """
+        return self._manifest("data", self.description.data)
+
+    @functools.cached_property
+    def held_out(self) -> Manifest | None:
+        """The held-out files, likewise."""
+        recorded = self.description.held_out
+        return None if recorded is None else self._manifest("held_out", recorded)
+
+    def _manifest(self, name: str, recorded: Mapping[str, Any]) -> Manifest:
+        try:
+            manifest = Manifest.from_json({"sources": recorded.get("sources")})
+            digest = manifest.sha256
+        except (DataError, ValueError, TypeError) as error:
+            raise VerificationError(f"{name} is no manifest: {error}", file=self.folder / "run.json") from None
+        if recorded.get("sha256") != digest:
+            what = f"{name}.sha256 is {recorded.get('sha256')!r}, but its files hash to {digest}"
+            raise VerificationError(what, file=self.folder / "run.json")
+        return manifest
+
+
+def read_publication(folder: Path) -> Publication:
+    """Read `run.json` and the ledger.
+
+    Raises:
+        CheckpointError: the chain is broken.
+        VerificationError: a line or setting is not what this framework writes.
+    """
+    description = parse(Description, read_json(folder / "run.json"), folder / "run.json")
+    config = RunConfig.parse(description.config, file=folder / "run.json")
+    ledger = plain(folder / "ledger.jsonl")
+    raw = read_lines(ledger)
+    lines = [_line(event, ledger, number) for number, (event, _) in enumerate(raw, start=1)]
+    kept = {id(event) for event in valid_events([event for event, _ in raw])}
+    return Publication(
+        folder=folder,
+        description=description,
+        config=config,
+        lines=tuple(lines),
+        hashes=tuple(digest for _, digest in raw),
+        valid=tuple(line for line, (event, _) in zip(lines, raw, strict=True) if id(event) in kept),
+    )
+
+
+def _line(event: Mapping[str, Any], path: Path, number: int) -> Line:
+    kind = event.get("event")
+    return parse(KINDS.get(kind, Line) if isinstance(kind, str) else Line, {**event, "raw": event}, path, number)
+
+
+PartType = TypeVar("PartType", bound=Strict)
+
+
+def parse(kind: type[PartType], value: object, path: Path, line: int | None = None) -> PartType:
+    """Validate plain data.
+
+    Raises:
+        VerificationError: names the first field that is missing or wrong.
+    """
+    try:
+        return kind.model_validate(value)
+    except (pydantic.ValidationError, OverflowError) as error:
+        first: Any = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": error}
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise VerificationError(f"{where}: {first['msg']}", file=path, line=line) from None
+
+
+def plain(path: Path) -> Path:
+    """Return a path of the publication unless it is a link, which could lead anywhere on the reader's disk.
+
+    Raises:
+        VerificationError: it is one.
+    """
+    if path.is_symlink():
+        raise VerificationError("a link, where a publication has files and folders of its own", file=path)
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the publication.
+
+    Raises:
+        VerificationError: it is missing, a link or not JSON.
+    """
+    try:
+        return json.loads(plain(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"cannot be read as JSON ({type(error).__name__})", file=path) from None

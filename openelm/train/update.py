@@ -1,0 +1,252 @@
+"""One update of the model: batch in, new weights and the ledger's line out. Training and replay share it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from openelm.data.stream import Batch, batch_sha256
+from openelm.errors import NumericError, VerificationError
+from openelm.model.parts import fill
+from openelm.model.transformer import OpenELM
+from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
+from openelm.optim.schedule import learning_rate
+from openelm.train.checkpoint import Checkpoint, check_names
+from openelm.train.distributed import ALONE, Processes
+from openelm.train.gradients import FlatGradients, Tree, leaf_order
+from openelm.train.ledger import number
+from openelm.train.objectives import Objective
+from openelm.train.run import Run
+from openelm.train.sharding import ShardedGradients, sharded_model
+
+Event = Mapping[str, Any]
+
+SPIKE_WINDOW = 64
+_SPIKE_WARMUP = 32
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    """Updates done, the skipped ones included."""
+    tokens: int = 0
+    """Input tokens seen, by all processes."""
+    seconds: float = 0.0
+    """Wall time spent in the loop, over all starts of the run."""
+    skips_in_a_row: int = 0
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skips_in_a_row": self.skips_in_a_row,
+            "recent_losses": [loss.hex() for loss in self.recent_losses],
+        }
+
+    @classmethod
+    def from_json(cls, step: int, values: Mapping[str, Any]) -> State:
+        losses = deque((number(loss) for loss in values["recent_losses"]), maxlen=SPIKE_WINDOW)
+        return cls(step, values["tokens"], values["seconds"], values["skips_in_a_row"], losses)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A batch over all processes."""
+
+    tokens: int
+    targets: int
+    target_bytes: int
+    sha256: str
+
+
+class Updater:
+    """The weights, the optimizer and the counters of a run; `update` takes the next batch.
+
+    Freshly made it is at step 0, with the weights that the run's seed stands for.
+    """
+
+    def __init__(self, run: Run, objective: Objective, processes: Processes = ALONE) -> None:
+        self.run, self.objective, self.processes = run, objective, processes
+        self.config = run.config.train
+        size = min(self.config.shard_processes, processes.count)
+        self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
+        self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
+        self.model.recompute_layers = self.config.recompute_layers
+        self.optimizer = build_adamw(run.config.optimizer, self.model)
+        self.gradients: FlatGradients | ShardedGradients = (
+            ShardedGradients(self.model, processes, run.device)
+            if size > 1
+            else FlatGradients(self.model.parameters(), processes)
+        )
+        self.state = State()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of the model only, so that a forward pass needs all of them."""
+        return isinstance(self.gradients, ShardedGradients)
+
+    @torch.no_grad()
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, whole in weights:
+            fill(parameters[name], whole)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights, moments and counters.
+
+        Raises:
+            CheckpointError: its tensors are not those of this model.
+        """
+        check_names(checkpoint.weights, self.model)
+        self._load(checkpoint.weights.items())
+        restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
+        self.state = State.from_json(checkpoint.step, checkpoint.state)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by name."""
+        return optimizer_tensors(self.optimizer, self.model)
+
+    def update(self, batch: Batch) -> tuple[list[Event], NumericError | None]:
+        """Do one update with this process's rows of the batch.
+
+        Returns:
+            The ledger's events, all of them functions of the run and the step alone, and the error with which
+            training must stop, if it must.
+        """
+        totals = self._totals(batch)
+        rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
+        loss, nll = self._accumulate(batch, max(1, totals.targets))
+        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
+            loss, nll = self._recheck(batch, max(1, totals.targets))
+        norm = _number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        reason = self._objection(nll, norm)
+        skipped = reason is not None and self._policy(reason) == "skip"
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.gradients.clear()
+        self.state.step += 1
+        self.state.tokens += totals.tokens
+        self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if skipped else 0
+        if math.isfinite(nll) and not skipped:
+            self.state.recent_losses.append(nll)
+        seen = {"step": self.state.step, "loss": nll.hex(), "gradient_norm": norm.hex(), "batch_sha256": totals.sha256}
+        events: list[Event] = []
+        if reason is not None:
+            events.append({"event": "skip" if skipped else reason, "reason": reason, **seen})
+        if (error := self._failure(reason, skipped, nll, norm)) is not None:
+            return events, error
+        step = {
+            "tokens": self.state.tokens,
+            "target_tokens": totals.targets,
+            "target_bytes": totals.target_bytes,
+            "z_loss": (loss - nll).hex(),
+            "learning_rate": rate.hex(),
+        }
+        return [*events, {"event": "step", **seen, **step}], None
+
+    def _totals(self, batch: Batch) -> Totals:
+        targets = int((batch.targets != -100).sum())
+        digests = torch.from_numpy(batch.row_sha256.view("<i8").reshape(-1))
+        counts = torch.tensor([batch.inputs.size, targets, batch.target_bytes])
+        everywhere = self.processes.gather(torch.cat([counts, digests]))
+        tokens, targets, target_bytes = everywhere[:, :3].sum(0).tolist()
+        rows = everywhere[:, 3:].reshape(self.processes.count, -1, 4).transpose(0, 1)  # row r is with r % count
+        return Totals(tokens, targets, target_bytes, batch_sha256(rows.contiguous().numpy()))
+
+    def _accumulate(self, batch: Batch, targets: int) -> tuple[float, float]:
+        """Add up the gradients of the mean loss over all targets of the batch; returns (mean loss, mean nats)."""
+        if self.config.numerics == "fast":
+            self._add_rows(batch, slice(None), targets)
+            self.gradients.add_up()
+        else:
+            assert isinstance(self.gradients, FlatGradients)
+            mine = self.config.shards // self.processes.count
+            tree = Tree()
+            for leaf in leaf_order(mine):
+                self.gradients.clear()
+                self._add_rows(batch, slice(leaf, None, mine), targets)
+                tree.add(self.gradients.values)
+            self.gradients.values.copy_(tree.total())
+            self.processes.add_in_tree(self.gradients.values)
+        loss_sum, nll_sum = self.gradients.losses.tolist()
+        return loss_sum, nll_sum
+
+    def _recheck(self, batch: Batch, targets: int) -> tuple[float, float]:
+        """Compute the gradients once more and compare them bit for bit.
+
+        Raises:
+            VerificationError: they differ, so this machine does not compute reliably.
+        """
+        assert isinstance(self.gradients, FlatGradients)
+        before = self.gradients.values.clone()
+        self.gradients.clear()
+        losses = self._accumulate(batch, targets)
+        if torch.equal(before.view(torch.int32), self.gradients.values.view(torch.int32)):
+            return losses
+        raise VerificationError(
+            f"the gradients of step {self.state.step + 1} came out differently the second time",
+            fix="this machine, or a kernel it uses, does not compute the same twice; the last checkpoint is intact",
+        )
+
+    def _add_rows(self, batch: Batch, rows: slice, targets: int) -> None:
+        """Add the gradients and the mean losses of some rows, a few rows at a time."""
+        device = self.run.device
+        parts = [torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)]
+        micro_rows = self.config.micro_rows or len(parts[0])
+        micros = list(zip(*(torch.split(part, micro_rows) for part in parts), strict=True))
+        for index, micro in enumerate(micros, start=1):
+            masked = self.config.document_mask and bool(micro[2].any())  # 0 throughout: one document a row
+            micro_inputs, micro_answers, micro_documents = (part.to(device) for part in micro)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
+                loss_sum, nll_sum = self.objective(
+                    self.model, micro_inputs, micro_answers, micro_documents if masked else None
+                )
+            mean = loss_sum / targets
+            self.gradients.expect(last=index == len(micros))
+            torch.autograd.backward(mean * self.gradients.scale)
+            self.gradients.losses += torch.stack([mean.detach(), nll_sum / targets])
+
+    def _objection(self, nll: float, gradient_norm: float) -> str | None:
+        """Say what is wrong with this update, if anything is."""
+        if not (math.isfinite(nll) and math.isfinite(gradient_norm)):
+            return "nonfinite"
+        recent = self.state.recent_losses
+        if len(recent) < _SPIKE_WARMUP:
+            return None
+        limit = statistics.fmean(recent) + self.config.spike_sigmas * statistics.pstdev(recent)
+        return "spike" if nll > limit else None
+
+    def _policy(self, reason: str) -> str:
+        return self.config.on_nonfinite if reason == "nonfinite" else self.config.on_spike
+
+    def _failure(self, reason: str | None, skipped: bool, nll: float, gradient_norm: float) -> NumericError | None:
+        if reason != "nonfinite" or (skipped and self.state.skips_in_a_row < self.config.max_skips):
+            return None
+        return NumericError(
+            f"loss {nll} and gradient norm {gradient_norm} at step {self.state.step}"
+            + (f", the {self.state.skips_in_a_row}th skipped in a row" if skipped else ""),
+            file=self.run.ledger_path,
+            fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
+        )
+
+
+def _whole_model(run: Run) -> OpenELM:
+    return OpenELM(run.model_config).to(run.device)
+
+
+def _number(norm: Tensor) -> float:
+    """Read a norm that may be spread over processes."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

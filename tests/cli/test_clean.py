@@ -1,0 +1,123 @@
+"""`openelm data decontaminate` and `dedup`: from files to a list that a run leaves out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openelm.cli import main
+
+Failed = Callable[..., str]
+QUESTION = "which of the seven old rivers runs past the quiet house where the king keeps his red letters"
+
+
+@pytest.fixture
+def corpus(texts: list[str], tmp_path: Path) -> Path:
+    """Two shards of prose; row 5 of `a` holds a question, rows 3 and 8 of `b` repeat row 2 of `a`."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    first, second = texts[:12], texts[12:24]
+    first[5] = f"{first[5]}\n{QUESTION.upper()}?\n{first[5]}"
+    second[3], second[8] = first[2], first[2].upper()
+    for name, part in (("a", first), ("b", second)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in part))
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question": QUESTION, "choices": ["yes", "no"]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def clean_recipe(corpus: Path, recipe: Path, tmp_path: Path) -> Path:
+    values = recipe.read_text()
+    source = f'[[data.sources]]\nname = "prose"\ntext_key = "body"\npaths = [{json.dumps(str(corpus))}]\n'
+    start, end = values.index("[[data.sources]]"), values.index("[train]")
+    path = tmp_path / "clean.toml"
+    path.write_text(values[:start] + source + "\n" + values[end:])
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_question_in_the_training_text_is_found_and_a_run_leaves_its_document_out(
+    clean_recipe: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "list"
+    assert main(["data", "decontaminate", str(clean_recipe), "--against", str(questions), "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 24 documents" in out and "6 of 6 13-word runs found (100.00%); 2 texts have fewer words" in out
+    (line,) = lines(folder / "exclude.jsonl")
+    assert (line["source"], line["shard"], line["row"], line["reason"]) == ("prose", "a.jsonl", 5, "contaminated")
+    assert line["matches"] == len(QUESTION.split()) - 12 and 0 < line["share"] < 0.2
+    report = json.loads((folder / "report.json").read_text())
+    assert report["documents"] == 24 and report["listed"] == {"prose": 1} and report["against"][0]["met"] == 6
+    run = tmp_path / "run"
+    excluded = f"data.exclude_documents={folder / 'exclude.jsonl'}"
+    assert main(["train", str(clean_recipe), "--out", str(run), "train.rows=32", "checkpoints.every=9", excluded]) == 0
+    finish = lines(run / "ledger.jsonl")[-1]
+    assert finish["event"] == "finish" and finish["dropped"]["prose"]["contaminated"] >= 1
+
+
+def test_min_share_and_words_decide_what_is_listed(corpus: Path, questions: Path, tmp_path: Path) -> None:
+    def listed(name: str, *options: str) -> int:
+        base = ["data", "decontaminate", str(corpus), "--text-key", "body", "--against", str(questions)]
+        assert main([*base, "--out", str(tmp_path / name), *options]) == 0
+        return len(lines(tmp_path / name / "exclude.jsonl"))
+
+    assert listed("any") == 1
+    assert listed("half", "--min-share", "0.5") == 0
+    assert listed("short", "--words", "1") > 20  # the prose shares single words with the question
+
+
+def test_exact_duplicates_are_listed_with_what_is_kept(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lists" / "duplicates.jsonl"
+    assert main(["data", "dedup", "exact", str(corpus), "--text-key", "body", "--out", str(path)]) == 0
+    found = lines(path)
+    assert [(line["shard"], line["row"], line["reason"]) for line in found] == [
+        ("b.jsonl", 3, "duplicate"),
+        ("b.jsonl", 8, "duplicate"),
+    ]
+    assert all(line["kept"] == {"source": "text", "shard": "a.jsonl", "row": 2} for line in found)
+    assert "2 of 24 documents (8.33%)" in capsys.readouterr().out
+    assert [entry.name for entry in path.parent.iterdir()] == ["duplicates.jsonl"], "nothing else is left behind"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="the extra `dedup` is not installed")
+def test_near_duplicates_are_listed_the_same_way(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "near.jsonl"
+    assert main(["data", "dedup", "minhash", str(corpus), "--text-key", "body", "--out", str(path)]) == 0
+    assert [(line["shard"], line["row"], line["kept"]["row"]) for line in lines(path)] == [
+        ("b.jsonl", 3, 2),
+        ("b.jsonl", 8, 2),
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datatrove") is not None, reason="the extra `dedup` is installed")
+def test_without_the_extra_minhash_says_how_to_get_it(corpus: Path, tmp_path: Path, failed: Failed) -> None:
+    line = failed(2, "data", "dedup", "minhash", corpus, "--text-key", "body", "--out", tmp_path / "x.jsonl")
+    assert "openelm-framework[dedup]" in line
+
+
+def test_wrong_uses_are_one_line(
+    corpus: Path, clean_recipe: Path, questions: Path, tmp_path: Path, failed: Failed
+) -> None:
+    out = tmp_path / "out"
+    rest = ("--against", questions, "--out", out)
+    assert "--words 0" in failed(2, "data", "decontaminate", corpus, *rest, "--words", "0")
+    assert "--min-share 2" in failed(2, "data", "decontaminate", corpus, *rest, "--min-share", "2")
+    assert "stands alone" in failed(2, "data", "decontaminate", clean_recipe, corpus, *rest)
+    assert "exists already" in failed(4, "data", "decontaminate", corpus, "--against", questions, "--out", corpus)
+    assert "no such file" in failed(3, "data", "dedup", "exact", tmp_path / "gone", "--out", out)

@@ -1,0 +1,273 @@
+"""Several processes on one machine train the model that one process trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openelm.model.folder import read_tensors
+from openelm.model.transformer import OpenELM
+from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
+from openelm.train.gradients import FlatGradients, Tree, leaf_order
+from openelm.train.ledger import number, read_ledger
+
+SETTINGS = ("train.rows=8", "data.lanes=4", "train.shards=4", "train.timeout_seconds=20")
+EXACT = (*SETTINGS, "train.numerics=exact")
+
+
+class Launch:
+    """Starts the processes of one run as torchrun does, by environment variables."""
+
+    def __init__(self, bench: Any, environment: dict[str, str]) -> None:
+        self._bench, self._environment = bench, environment
+
+    def start(self, folder: Path, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
+        folder.mkdir(exist_ok=True)
+        recipe = folder.with_name(f"{folder.name}.json")
+        recipe.write_text(json.dumps({"config": self._bench.values(*overrides), "model": {}}))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        command = [sys.executable, "-m", "openelm", "train", str(recipe), "--out", str(folder)]
+        group = {**self._environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        pipe = subprocess.PIPE
+        return [subprocess.Popen(command, env=place, stdout=pipe, stderr=pipe, text=True) for place in places]
+
+    def run(self, folder: Path, count: int, *overrides: str) -> None:
+        for process in self.start(folder, count, *overrides):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def launch(bench: Any, environment: dict[str, str]) -> Launch:
+    return Launch(bench, environment)
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Any, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    bench.train(folder, *EXACT)
+    return folder
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (folder / "ledger.jsonl").exists():
+            events = read_ledger(folder / "ledger.jsonl")
+            if any(event["event"] == "step" and event["step"] >= step for event in events):
+                return
+        time.sleep(0.02)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_the_leaves_of_a_process_are_a_subtree(shards: int) -> None:
+    """Symbolic sums: text in place of numbers shows the order of every addition."""
+
+    def grouped(leaves: list[Any]) -> Any:
+        while len(leaves) > 1:
+            leaves = [frozenset(pair) for pair in zip(leaves[::2], leaves[1::2], strict=True)]
+        return leaves[0]
+
+    whole = grouped(leaf_order(shards))
+    for count in (c for c in (1, 2, 4, 8) if c <= shards):
+        parts = [grouped([rank + count * leaf for leaf in leaf_order(shards // count)]) for rank in range(count)]
+        half = count // 2
+        while half:
+            parts = [frozenset((parts[rank], parts[rank ^ half])) for rank in range(count)]
+            half //= 2
+        assert set(parts) == {whole}
+
+
+def test_a_tree_adds_neighbours_first() -> None:
+    large, small = torch.tensor([1e8]), torch.tensor([3.0])
+    tree = Tree()
+    for leaf in (large, small, -large, small):
+        tree.add(leaf)
+    assert tree.total() == (large + small) + (-large + small)
+    assert tree.total() != ((large + small) + -large) + small
+
+
+def test_gradients_lie_in_one_tensor() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    flat = FlatGradients(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    expected = sum(float(parameter.grad.sum()) for parameter in model.parameters() if parameter.grad is not None)
+    assert float(flat.values.sum()) == pytest.approx(expected)
+    flat.clear()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_exact_and_fast_differ_by_rounding_only(bench: Any, alone: Path, tmp_path: Path) -> None:
+    bench.train(tmp_path, *SETTINGS)
+    for fast, exact in zip(bench.history(tmp_path), bench.history(alone), strict=True):
+        assert fast[-1] == exact[-1]
+        assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path, count: int
+) -> None:
+    launch.run(tmp_path / "run", count, *EXACT)
+    assert bench.history(tmp_path / "run") == bench.history(alone)
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
+
+
+def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
+    launch.run(tmp_path / "run", 2, *SETTINGS)
+    for fast, exact in zip(bench.history(tmp_path / "run"), bench.history(alone), strict=True):
+        assert fast[-1] == exact[-1]
+        assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_at_other_numbers_of_processes(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
+    bench.train_until(tmp_path / "run", 5, *EXACT)
+    processes = launch.start(tmp_path / "run", 4, *EXACT)
+    wait_for_step(tmp_path / "run", 8)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    launch.run(tmp_path / "run", 2, *EXACT)
+    assert bench.history(tmp_path / "run") == bench.history(alone)
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
+
+
+def test_a_stop_signal_to_any_process_saves_and_stops_all(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
+    wait_for_step(tmp_path / "run", 4)
+    second.send_signal(signal.SIGTERM)
+    for process in (first, second):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert "everything is saved" in errors
+    assert bench.events(tmp_path / "run", "stop")
+
+
+SHARDED = (*SETTINGS, "train.shard_processes=2")
+
+
+@pytest.fixture(scope="module")
+def sharded(launch: Launch, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that share one copy of the model."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    launch.run(folder, 2, *SHARDED)
+    return folder
+
+
+def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path
+) -> None:
+    """Sums of two numbers have no order; what differs is the last bit of norms and of updates of short vectors."""
+    launch.run(tmp_path / "run", 2, *SETTINGS)
+    expected = load_checkpoint(tmp_path / "run", 12).weights
+    for name, weight in load_checkpoint(sharded, 12).weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(bench.history(sharded), bench.history(tmp_path / "run"), strict=True):
+        assert found[-1] == wanted[-1]
+        assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
+
+
+def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Path) -> None:
+    folder = checkpoint_folder(sharded, 12)
+    names = {path.name for path in folder.glob("*.safetensors")}
+    assert names == {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
+    whole = load_checkpoint(sharded, 12)
+    model = bench.open(sharded, *SHARDED).model_config
+    expected = {name: tuple(value.shape) for name, value in OpenELM(model).state_dict().items()}
+    assert {name: tuple(value.shape) for name, value in whole.weights.items()} == expected
+    sizes = [sum(value.numel() for value in read_tensors(folder / name).values()) for name in sorted(names)[:2]]
+    assert max(sizes) < 0.6 * sum(sizes)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_shared_run_goes_on_alone_and_at_more_processes(
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, count: int
+) -> None:
+    """4 processes with 2 a copy are the hybrid of both. Sums are taken in another order: losses within 1e-3."""
+    shutil.copytree(sharded, tmp_path / "run")
+    for step in (9, 12):
+        shutil.rmtree(checkpoint_folder(tmp_path / "run", step))
+    launch.run(tmp_path / "run", count, *SHARDED)
+    for found, expected in zip(bench.history(tmp_path / "run"), bench.history(sharded), strict=True):
+        assert found[-1] == expected[-1]
+        assert number(found[4]) == pytest.approx(number(expected[4]), rel=1e-3)
+    assert bench.fingerprint(tmp_path / "run", 6) == bench.fingerprint(sharded, 6)
+
+
+def test_exact_sums_need_whole_gradients(bench: Any) -> None:
+    from openelm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="shard_processes 1"):
+        bench.config(*EXACT, "train.shard_processes=2")
+
+
+def test_when_a_process_dies_the_others_say_which_and_stop(launch: Launch, tmp_path: Path) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
+    wait_for_step(tmp_path / "run", 4)
+    second.kill()
+    second.communicate()
+    _, errors = first.communicate(timeout=30)
+    assert first.returncode == 75
+    assert "E_PROCESS" in errors and "waited for process 1" in errors
+    assert "Traceback" not in errors
+
+
+def test_when_a_process_hangs_the_others_stop_in_time(launch: Launch, tmp_path: Path) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000", "train.timeout_seconds=5")
+    wait_for_step(tmp_path / "run", 4)
+    second.send_signal(signal.SIGSTOP)
+    _, errors = first.communicate(timeout=30)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 75
+    assert "waited for process 1" in errors
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "3"}, "power of two"),
+        ({"WORLD_SIZE": "2"}, "torchrun"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    from openelm.errors import ConfigError
+    from openelm.train.distributed import open_processes
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), open_processes("cpu", 1.0):
+        pass
+
+
+def test_shards_must_be_a_power_of_two_that_divides_the_rows(bench: Any) -> None:
+    from openelm.errors import ConfigError
+
+    for shards in (3, 8):
+        with pytest.raises(ConfigError, match=f"shards {shards}"):
+            bench.config("train.numerics=exact", f"train.shards={shards}")
