@@ -32,6 +32,7 @@ def check_history(publication: Publication) -> list[str]:
 class _Walk:
     def __init__(self, publication: Publication) -> None:
         self._publication = publication
+        self._background = publication.config.checkpoints.background
         self._step = self._furthest = 0
         self._previous: Line | None = None
         self._saved: dict[int, str] = {}  # step -> manifest of the checkpoint, void ones left out
@@ -82,8 +83,10 @@ class _Walk:
         self._expect(
             line.step == self._furthest, f"rewind from step {line.step}, but step {self._furthest} was reached"
         )
-        # A run that was killed between a checkpoint and its line has the checkpoint of its last step unrecorded.
-        known = line.to in self._saved or line.to in (0, self._step)
+        # A run that was killed between a checkpoint and its line has the checkpoint of its last step unrecorded; one
+        # that saves in the background, of any step since the last recorded one.
+        late = self._background and line.to > max(self._saved, default=0)
+        known = line.to in self._saved or line.to in (0, self._step) or late
         self._expect(known and line.to <= self._step, f"rewind to step {line.to}, which has no checkpoint")
         self._step = line.to
         self._saved = {step: digest for step, digest in self._saved.items() if step <= line.to}
@@ -102,7 +105,8 @@ class _Walk:
 
     def _checkpoint(self, line: Line) -> None:
         assert isinstance(line, Saved)
-        self._expect(line.step == self._step > 0, f"checkpoint of step {line.step} after step {self._step}")
+        on_time = line.step <= self._step if self._background else line.step == self._step
+        self._expect(on_time and line.step > 0, f"checkpoint of step {line.step} after step {self._step}")
         folder = f"checkpoints/step-{line.step:08d}"
         self._expect(line.folder == folder, f"the checkpoint of step {line.step} is not in {folder}")
         self._saved[line.step] = line.manifest_sha256

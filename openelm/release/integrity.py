@@ -19,7 +19,7 @@ from openelm.model.transformer import OpenELM
 from openelm.release.card import averaged_steps
 from openelm.release.findings import Findings
 from openelm.release.history import check_history
-from openelm.release.publication import Publication, SavedState, parse, plain, read_json
+from openelm.release.publication import Publication, Saved, SavedState, parse, plain, read_json
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
 from openelm.train.checkpoint import STATE, load_checkpoint
@@ -184,13 +184,23 @@ def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[
         _unrecorded(publication, step, manifest, state, findings)
         return
     expect("manifest_sha256", saved.manifest_sha256, manifest, path / MANIFEST)
-    expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
+    _ledger_head(publication, saved, state, path)
     for name, recorded, tensors in (
         ("weights_sha256", saved.weights_sha256, weights),
         ("optimizer_sha256", saved.optimizer_sha256, moments),
     ):
         if recorded is not None:
             expect(name, recorded, weights_sha256(tensors), path)
+
+
+def _ledger_head(publication: Publication, saved: Saved, state: SavedState, path: Path) -> None:
+    """Compare the ledger's head in a checkpoint: the line before its own, or one of its step where saving took longer."""
+    if not publication.config.checkpoints.background:
+        return expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
+    heads = dict(zip(publication.hashes, publication.lines, strict=True))
+    line = heads.get(state.ledger_head)
+    if line is None or line.step != saved.step:
+        raise VerificationError(f"ledger_head is no line of step {saved.step}", file=path / STATE)
 
 
 def _unrecorded(publication: Publication, step: int, manifest: str, state: SavedState, findings: Findings) -> None:
@@ -202,7 +212,7 @@ def _unrecorded(publication: Publication, step: int, manifest: str, state: Saved
     for line in resumes:
         expect("manifest_sha256", line.raw["manifest_sha256"], manifest, path / MANIFEST)
     if not resumes:
-        if step != len(publication.steps):
+        if step != len(publication.steps) and not publication.config.checkpoints.background:
             raise VerificationError("the ledger knows no checkpoint of this step", file=path)
         findings.skip(f"the hash of {path.name}", "the run was killed before it recorded it; a replay compares it")
 

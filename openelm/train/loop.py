@@ -261,8 +261,8 @@ class _Trainer:
 
     def _all_cursors(self, batches: Batches) -> list[dict[str, Any]]:
         """Put the lanes' cursors together: lane l is read by process l % count."""
-        parts = self.processes.gather_json(batches.cursors())
-        return [parts[0][0], *(parts[lane % len(parts)][1 + lane] for lane in range(len(parts[0]) - 1))]
+        shares = self.processes.gather_json(batches.cursors())
+        return [shares[0][0], *(shares[lane % len(shares)][1 + lane] for lane in range(len(shares[0]) - 1))]
 
     def _all_drops(self, batches: Batches) -> Drops:
         total: Drops = {}

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_a_run_killed_anywhere_passes(workshop: Any, tmp_path: Path, stops: tupl
     for kind, step in stops:
         workshop.train(tmp_path, stop_at=at(kind, step))
     assert workshop.train(tmp_path)
+    assert_passes(workshop, tmp_path, 4)
+
+
+def test_a_run_that_saves_in_the_background_passes(
+    workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints are recorded some steps late, and one whose line a kill prevented is resumed from."""
+    save, go_on = openelm.train.saving.save_checkpoint, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        saved = save(*arguments)
+        go_on.wait(0.3)
+        return saved
+
+    monkeypatch.setattr(openelm.train.saving, "save_checkpoint", slow)
+    workshop.train(tmp_path, "checkpoints.background=true", stop_at=at("step", 8))
+    assert_passes(workshop, tmp_path, 0)
+    assert workshop.train(tmp_path, "checkpoints.background=true")
+    order = [(line.event, line.step) for line in read_publication(tmp_path).lines]
+    late = [
+        index
+        for index, (kind, step) in enumerate(order)
+        if kind == "checkpoint" and ("step", step + 1) in order[:index]
+    ]
+    assert late
     assert_passes(workshop, tmp_path, 4)
 
 
