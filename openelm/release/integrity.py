@@ -194,7 +194,7 @@ def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[
 
 
 def _ledger_head(publication: Publication, saved: Saved, state: SavedState, path: Path) -> None:
-    """Compare the ledger's head in a checkpoint: the line before its own, or one of its step where saving took longer."""
+    """Compare a checkpoint's ledger head: the line before its own, or one of its step where saving took longer."""
     if not publication.config.checkpoints.background:
         return expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
     heads = dict(zip(publication.hashes, publication.lines, strict=True))
