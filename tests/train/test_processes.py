@@ -128,6 +128,14 @@ def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
     assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
 
 
+def test_two_processes_that_save_in_the_background_give_the_same_bits(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
+    launch.run(tmp_path / "run", 2, *EXACT, "checkpoints.background=true")
+    assert bench.history(tmp_path / "run") == bench.history(alone)
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
+
+
 def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
     bench: Any, launch: Launch, alone: Path, tmp_path: Path
 ) -> None:
