@@ -271,9 +271,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 file=folder,
                 fix="wait for it, stop it, or choose another --out",
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+        with disk_errors(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
         yield
 
 

@@ -52,11 +52,12 @@ class Disk:
         if hasattr(pathlib, "io"):
             pathlib.io.open = opened
         for name in ("fsync", "rename", "replace", "mkdir"):
-            setattr(os, name, self._guarded(getattr(os, name)))
+            setattr(os, name, self._guarded(name, getattr(os, name)))
 
-    def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _guarded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*arguments: Any, **options: Any) -> Any:
-            self.demand()
+            if name != "mkdir" or not os.path.isdir(arguments[0]):  # one that is there needs nothing of the disk
+                self.demand()
             return call(*arguments, **options)
 
         return guarded
