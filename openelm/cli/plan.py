@@ -100,7 +100,7 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
         f"weights, gradients and two moments are fp32, 4 bytes each; activations and copies {precision}, "
         f"{work.narrow} bytes, but the residual stream 4",
         "sharded: weights, gradients and moments spread over all devices, one layer and the embedding gathered at a "
-        "time; this is arithmetic, `openelm train` keeps all of them on each device",
+        "time; arithmetic, for train.shard_processes = all of them; no such run was measured",
         "not counted: what the driver and the allocator keep (some GB on a GPU), evaluation, checkpoints, loading",
     )
     if train.document_mask:
