@@ -100,17 +100,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         DiskError: the disk is full, read-only or forbidden; the old file is intact.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
 
-from openelm.cli.screen import Screen
+from openelm.cli.screen import Screen, WorkBar
 from openelm.config import read_toml
 from openelm.data.duplicates import MinHash, all_shards, documents_of, exact_duplicates, near_duplicates
 from openelm.data.exclude import CONTAMINATED, DUPLICATE, exclusion_line
@@ -24,8 +23,6 @@ from openelm.data.overlap import NgramIndex
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files import disk_errors, make_folder, publish_folder, replacing
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def decontaminate(arguments: argparse.Namespace) -> int:
@@ -132,34 +129,15 @@ def _print_result(console: Console, listed: Counter[str], documents: int, path: 
 
 
 @contextmanager
-def _progress(manifest: Manifest, console: Console) -> Iterator[_Bytes]:
+def _progress(manifest: Manifest, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show how much was read; yields what takes the bytes of each document."""
     blocks = (block for source in manifest.sources for shard in source.shards for block in shard.blocks)
-    total = sum(block.bytes for block in blocks)
-    if not console.is_terminal:
-        yield _Bytes(total, console)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=max(1, total))
-        yield _Bytes(total, console, lambda count: bar.advance(task, count))
+    total, done = sum(block.bytes for block in blocks), 0
+    with WorkBar(console, TaskProgressColumn(), "read {done:,} of about {total:,} bytes") as bar:
 
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar("reading", done, total)
 
-class _Bytes:
-    """Counts what was read: onto a bar, or as a line every ten seconds where there is no terminal."""
-
-    def __init__(self, total: int, console: Console, advance: Callable[[int], None] | None = None) -> None:
-        self._total, self._console, self._advance = total, console, advance
-        self._done, self._last = 0, time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        if self._advance is not None:
-            self._advance(count)
-        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self._console.print(f"read {self._done:,} of about {self._total:,} bytes", markup=False, soft_wrap=True)
+        yield advance

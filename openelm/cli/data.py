@@ -12,13 +12,11 @@ from typing import Any, Self
 
 from rich import progress as rich_progress
 
-from openelm.cli.screen import Screen
+from openelm.cli.screen import SECONDS_BETWEEN_LINES, Screen
 from openelm.data.manifest import Manifest, SourceConfig
 from openelm.data.manifest_file import Survey, merge_surveys, read_manifest_file, write_manifest_file
 from openelm.data.survey import BLOCK_BYTES, Progress, check_files, runner, survey
 from openelm.errors import ConfigError
-
-_PLAIN_SECONDS = 10.0
 
 
 def manifest(arguments: argparse.Namespace) -> int:
@@ -133,7 +131,7 @@ class WorkDisplay:
         now = time.monotonic()
         if progress.resumed_bytes and progress.resumed_bytes == progress.done_bytes:
             self._screen.print(f"going on: {progress.done_files:,} of {progress.files:,} files are done")
-        elif now - self._last >= _PLAIN_SECONDS:
+        elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             self._screen.print(
                 f"{progress.done_files:,} of {progress.files:,} files, "

@@ -5,22 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
-from openelm.cli.screen import Screen
+from openelm.cli.screen import Screen, WorkBar
 from openelm.errors import CheckpointError, ConfigError
 from openelm.evaluate.tables import aligned
 from openelm.model.device import reuse_freed_memory
 from openelm.release.findings import Findings, Note
 from openelm.release.verify import LEVELS, verify_run
-
-_PLAIN_SECONDS = 10.0
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -34,7 +29,7 @@ def verify(arguments: argparse.Namespace) -> int:
     data = [_replacement(text) for text in arguments.data]
     console = Screen(stderr=arguments.json)
     reuse_freed_memory()
-    with _Bar(console) as bar:
+    with WorkBar(console, MofNCompleteColumn(), "{what}  step {done:,} of {total:,}") as bar:
         findings = verify_run(
             folder, level=arguments.level, segments=arguments.segments, seed=seed, data=data, progress=bar
         )
@@ -68,33 +63,3 @@ def _show(findings: Findings, console: Console) -> None:
 
 def _row(note: Note) -> tuple[str, str, str]:
     return note.what, str(note.level), note.detail
-
-
-class _Bar:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._last_line = console, time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            if what not in self._tasks:
-                self._tasks[what] = self._progress.add_task(what, total=total)
-            self._progress.update(self._tasks[what], completed=done)
-        elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self._console.print(f"{what}  step {done:,} of {total:,}", markup=False)
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
