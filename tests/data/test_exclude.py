@@ -36,8 +36,6 @@ def numbers_seen(stream, epochs=1):
 
 @pytest.mark.parametrize("packing", ["documents", "apple"])
 def test_listed_documents_are_never_seen_and_are_counted_by_reason(open_stream, write_jsonl, write_list, packing):
-    if packing == "apple":
-        pytest.importorskip("ftfy", reason="the extra `apple` is not installed")
     path = write_jsonl([f"{number:03d} some words of a document" for number in range(40)])
     excluded = write_list(path, [(7, CONTAMINATED), (8, DUPLICATE), (30, CONTAMINATED)])
     stream = open_stream(path, lanes=1, rows=1, length=64, packing=packing, exclude_documents=excluded)

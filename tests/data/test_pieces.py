@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import string
@@ -17,7 +16,6 @@ from openelm.data.manifest import SourceConfig, build_manifest
 from openelm.data.stream import DataConfig
 from openelm.errors import ConfigError, DataError
 
-needs_ftfy = pytest.mark.skipif(importlib.util.find_spec("ftfy") is None, reason="the extra `apple` is not installed")
 SETTINGS = {"packing": "apple", "min_characters": 40, "min_tokens": 100}
 
 
@@ -82,7 +80,6 @@ def expected_of_lane(texts, order, lane, count, tokenizer, length, settings):
     return rows, dropped
 
 
-@needs_ftfy
 @pytest.mark.parametrize("length, lanes", [(512, 1), (12000, 2)])
 def test_rows_are_those_of_the_published_steps(open_stream, write_jsonl, long_texts, tokenizer, length, lanes):
     path = write_jsonl(long_texts)
@@ -103,7 +100,6 @@ def test_rows_are_those_of_the_published_steps(open_stream, write_jsonl, long_te
     assert set(drops) == {"empty", "too_few_characters", "too_few_tokens"}
 
 
-@needs_ftfy
 def test_a_row_holds_one_document_and_padding_is_no_target(open_stream, write_jsonl, tokenizer):
     text = "a document of some words and no more than these, which leaves room"
     batch = next(open_stream(write_jsonl([text]), rows=1, lanes=1, length=200, packing="apple"))
@@ -112,14 +108,12 @@ def test_a_row_holds_one_document_and_padding_is_no_target(open_stream, write_js
     assert batch.target_bytes == len(text)
 
 
-@needs_ftfy
 def test_text_is_mended_and_composed(open_stream, write_jsonl, tokenizer):
     batch = next(open_stream(write_jsonl(["schÃ¶n cafe\u0301"]), rows=1, lanes=1, length=40, packing="apple"))
     known = [int(token) for token in batch.targets[0] if token not in (-100, tokenizer.eos_id)]
     assert tokenizer.decode(known) == unicodedata.normalize("NFC", "schön café")
 
 
-@needs_ftfy
 @pytest.mark.parametrize("rows, lanes", [(4, 4), (2, 8), (6, 3)])
 def test_resume_at_every_row_is_the_undisturbed_stream(open_stream, write_jsonl, texts, monkeypatch, rows, lanes):
     monkeypatch.setattr("openelm.data.pieces.PIECE_WORDS", 16)  # so that short texts have many pieces
@@ -139,7 +133,6 @@ def test_resume_at_every_row_is_the_undisturbed_stream(open_stream, write_jsonl,
         assert json.dumps(again.cursors()) == states[min(24, step + 4)]
 
 
-@needs_ftfy
 def test_cursors_do_not_grow(open_stream, write_jsonl, texts):
     stream = open_stream(write_jsonl(texts), rows=1, lanes=1, length=64, **SETTINGS)
     numbers = []
@@ -150,7 +143,6 @@ def test_cursors_do_not_grow(open_stream, write_jsonl, texts):
     assert max(numbers) <= 6 + 3
 
 
-@needs_ftfy
 def test_batches_are_the_same_for_every_number_of_workers(open_stream, write_jsonl, long_texts):
     path = write_jsonl(long_texts)
     outcomes = []
@@ -160,7 +152,6 @@ def test_batches_are_the_same_for_every_number_of_workers(open_stream, write_jso
     assert outcomes[0] == outcomes[1]
 
 
-@needs_ftfy
 def test_sources_share_the_tokens_that_are_not_padding_within_one_row(open_stream, write_jsonl, texts):
     paths = [write_jsonl([text + mark for text in texts], f"{mark}.jsonl") for mark in "AB"]
     sources = [
@@ -173,7 +164,6 @@ def test_sources_share_the_tokens_that_are_not_padding_within_one_row(open_strea
         assert abs(first - 0.75 * (first + second)) <= 129
 
 
-@needs_ftfy
 @pytest.mark.parametrize(
     "damage",
     [
@@ -194,7 +184,6 @@ def test_damaged_cursors_are_refused(open_stream, write_jsonl, damage):
     assert caught.value.code == "E_CHANGED"
 
 
-@needs_ftfy
 def test_a_run_does_not_go_on_with_another_packing_or_another_ftfy(open_stream, write_jsonl, texts, monkeypatch):
     path = write_jsonl(texts)
     cursors = open_stream(path, packing="apple").cursors()

