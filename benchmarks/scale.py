@@ -24,7 +24,7 @@ from benchmarks.loader import memory_case, resident_bytes, seek_case, throughput
 from openelm.data.document import BLOCK_BYTES, Block, Document
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, Shard, Source
-from openelm.data.packing import Lane
+from openelm.data.packing import Lane, RowSettings
 from openelm.data.reading import SourceReader
 
 LANES, WORKERS, LENGTH = 2048, 512, 2048
@@ -272,9 +272,8 @@ class SimulatedReader(SourceReader):
 def simulated_lane(orders: Sequence[DocumentOrder], number: int, cursor: dict[str, Any] | None = None) -> Lane:
     pairs = zip(orders, MIXTURE, strict=True)
     readers = [SimulatedReader(order, number, body.document_tokens) for order, body in pairs]
-    settings: dict[str, Any] = {"length": LENGTH, "min_characters": 0, "min_tokens": 0, "on_bad_row": "error"}
     tokenizer: Any = Counted()
-    return Lane(number, readers, tokenizer, cursor=cursor, **settings)
+    return Lane(number, readers, tokenizer, RowSettings(LENGTH, 0, 0, "error"), cursor)
 
 
 def mixture_case(scale: float, rows: int = 2000) -> dict[str, Any]:

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+
+def tiny_recipe(text: Path) -> dict[str, Any]:
+    """A run of a second: 12 steps of two layers on one file, a checkpoint every third."""
+    return {
+        "model": {"layers": 2, "dim": 32, "head_dim": 8, "gqa_groups": 2, "ffn_dim_divisor": 16, "context": 32},
+        "tokenizer": {"vocab_size": 300},
+        "data": {
+            "lanes": 2,
+            "min_characters": 1,
+            "min_tokens": 1,
+            "workers": 0,
+            "sources": [{"name": "tiny", "paths": [str(text)]}],
+        },
+        "train": {"steps": 12, "rows": 4, "length": 16, "precision": "fp32", "device": "cpu"},
+        "schedule": {"peak": 0.01, "warmup_steps": 3},
+        "checkpoints": {"every": 3, "keep_last": 5},
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)

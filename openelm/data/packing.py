@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,22 @@ Tokens = npt.NDArray[np.int32]
 DROPS_IN_A_ROW = 100_000
 
 
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """How a lane makes rows of documents; `excluded` are dropped although they could be used."""
+
+    length: int
+    min_characters: int
+    min_tokens: int
+    on_bad_row: str
+    excluded: Exclusions | None = None
+
+
 class Lane:
     """An endless stream of rows; the token that ends a row begins the next one.
 
     Args:
         sources: this lane's reader of each source.
-        excluded: documents to drop although they could be used.
         cursor: where to go on, as returned by `cursor()`; None starts from the beginning.
 
     Raises:
@@ -38,17 +49,11 @@ class Lane:
         number: int,
         sources: Sequence[SourceReader],
         tokenizer: Tokenizer,
-        *,
-        length: int,
-        min_characters: int,
-        min_tokens: int,
-        on_bad_row: str,
-        excluded: Exclusions | None = None,
+        settings: RowSettings,
         cursor: Mapping[str, Any] | None = None,
     ) -> None:
-        self._number, self._sources, self._tokenizer, self._length = number, sources, tokenizer, length
-        self._min_characters, self._min_tokens, self._on_bad_row = min_characters, min_tokens, on_bad_row
-        self._excluded = excluded
+        self._number, self._sources, self._tokenizer, self._settings = number, sources, tokenizer, settings
+        self._length = settings.length
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
@@ -98,10 +103,10 @@ class Lane:
             if dropped > 64 * reader.source.rows:
                 break
             row, position = reader.row(self._positions[index])
-            reason = reason_to_drop(row, self._on_bad_row, self._min_characters)
+            reason = reason_to_drop(row, self._settings.on_bad_row, self._settings.min_characters)
             if reason is None:
                 assert isinstance(row, Document)
-                reason = self._excluded.reason(row) if self._excluded else None
+                reason = self._settings.excluded.reason(row) if self._settings.excluded else None
             if reason is None:
                 assert isinstance(row, Document)
                 self._document, reason = self._tokenize(row)
@@ -118,7 +123,7 @@ class Lane:
         ids = self._tokenizer.encode(document.text)
         bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
         assert bos_id is not None and eos_id is not None  # BatchStream refuses such tokenizers
-        reason = token_filter(len(ids) + 2, self._min_tokens)
+        reason = token_filter(len(ids) + 2, self._settings.min_tokens)
         if reason is not None:
             return None, reason
         tokens = np.empty(len(ids) + 2, np.int32)

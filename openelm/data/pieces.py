@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from openelm.data.document import Document, Drops, add_drops
-from openelm.data.exclude import Exclusions
 from openelm.data.filters import character_filter, token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
-from openelm.data.packing import DROPS_IN_A_ROW, Tokens, after, bad_cursor, nothing_usable
+from openelm.data.packing import DROPS_IN_A_ROW, RowSettings, Tokens, after, bad_cursor, nothing_usable
 from openelm.data.reading import SourceReader, reason_to_drop
 from openelm.errors import ConfigError
 from openelm.text.tokenizer import Tokenizer
@@ -32,7 +31,7 @@ class PieceLane:
     few tokens. Sources take turns by piece, by the tokens that are not padding.
 
     Args:
-        sources, excluded, cursor: as of `openelm.data.packing.Lane`.
+        sources, settings, cursor: as of `openelm.data.packing.Lane`.
 
     Raises:
         ConfigError: ftfy is not installed.
@@ -44,17 +43,11 @@ class PieceLane:
         number: int,
         sources: Sequence[SourceReader],
         tokenizer: Tokenizer,
-        *,
-        length: int,
-        min_characters: int,
-        min_tokens: int,
-        on_bad_row: str,
-        excluded: Exclusions | None = None,
+        settings: RowSettings,
         cursor: Mapping[str, Any] | None = None,
     ) -> None:
-        self._number, self._sources, self._tokenizer, self._length = number, sources, tokenizer, length
-        self._min_characters, self._min_tokens, self._on_bad_row = min_characters, min_tokens, on_bad_row
-        self._excluded, self._mend = excluded, text_mender()
+        self._number, self._sources, self._tokenizer, self._settings = number, sources, tokenizer, settings
+        self._length, self._mend = settings.length, text_mender()
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
@@ -82,10 +75,10 @@ class PieceLane:
             if finished > 64 * reader.source.rows:
                 break
             row, self._positions[index] = reader.row(self._positions[index])
-            reason = reason_to_drop(row, self._on_bad_row)
-            if reason is None and self._excluded:
+            reason = reason_to_drop(row, self._settings.on_bad_row)
+            if reason is None and self._settings.excluded:
                 assert isinstance(row, Document)
-                reason = self._excluded.reason(row)
+                reason = self._settings.excluded.reason(row)
             tokens: Sequence[int] = ()
             if reason is None:
                 assert isinstance(row, Document)
@@ -106,13 +99,13 @@ class PieceLane:
         raise nothing_usable(dropped, self._number, self._drops)
 
     def _tokenize(self, piece: str) -> tuple[Sequence[int], str | None]:
-        reason = character_filter(piece, self._min_characters)
+        reason = character_filter(piece, self._settings.min_characters)
         if reason is not None:
             return (), reason
         bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
         assert bos_id is not None and eos_id is not None  # BatchStream refuses such tokenizers
         ids = [bos_id, *self._tokenizer.encode(self._mend(piece)), eos_id]
-        reason = token_filter(len(ids), self._min_tokens)
+        reason = token_filter(len(ids), self._settings.min_tokens)
         return ids[: self._length + 1], reason
 
     def _padded(self, ids: Sequence[int]) -> tuple[Tokens, Tokens]:

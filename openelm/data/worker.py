@@ -13,7 +13,7 @@ from typing import Any
 from openelm.data.exclude import Exclusions
 from openelm.data.lanes import DocumentOrder
 from openelm.data.manifest import Manifest
-from openelm.data.packing import Lane, Tokens
+from openelm.data.packing import Lane, RowSettings, Tokens
 from openelm.data.pieces import PieceLane
 from openelm.data.reading import SourceReader
 from openelm.errors import DataError, OpenELMError
@@ -60,17 +60,10 @@ class LaneGroup:
 
     def _lane(self, orders: Sequence[DocumentOrder], tokenizer: Tokenizer, number: int) -> Lane | PieceLane:
         job = self._job
-        return (PieceLane if job.packing == "apple" else Lane)(
-            number,
-            [SourceReader(order, number) for order in orders],
-            tokenizer,
-            length=job.length,
-            min_characters=job.min_characters,
-            min_tokens=job.min_tokens,
-            on_bad_row=job.on_bad_row,
-            excluded=job.excluded,
-            cursor=job.cursors[number],
-        )
+        settings = RowSettings(job.length, job.min_characters, job.min_tokens, job.on_bad_row, job.excluded)
+        readers = [SourceReader(order, number) for order in orders]
+        make = PieceLane if job.packing == "apple" else Lane
+        return make(number, readers, tokenizer, settings, job.cursors[number])
 
     def next_part(self) -> Part:
         """Read the rows of the next step that come from these lanes.

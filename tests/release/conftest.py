@@ -25,6 +25,8 @@ from openelm.train.loop import train
 from openelm.train.objectives import NextToken
 from openelm.train.run import RunConfig, open_run
 
+from ..conftest import tiny_recipe
+
 WORDS = ["the", "old", "red", "cat", "dog", "king", "river", "house", "storm", "sees", "finds", "and", "it", "of"]
 Events = list[dict[str, Any]]
 
@@ -56,19 +58,10 @@ class Workshop:
 
     def config(self, *overrides: str) -> RunConfig:
         recipe = {
-            "model": {"layers": 2, "dim": 32, "head_dim": 8, "gqa_groups": 2, "ffn_dim_divisor": 16, "context": 32},
+            **tiny_recipe(self.text),
             "tokenizer": {"vocab_size": 290},
-            "data": {
-                "lanes": 2,
-                "min_characters": 1,
-                "min_tokens": 1,
-                "workers": 0,
-                "sources": [{"name": "tiny", "paths": [str(self.text)]}],
-            },
             "held_out": [{"name": "other", "paths": [str(self.held_out)]}],
-            "train": {"steps": 12, "rows": 4, "length": 16, "precision": "fp32", "device": "cpu"},
             "schedule": {"peak": 0.01, "warmup_steps": 2},
-            "checkpoints": {"every": 3, "keep_last": 5},
             "evaluation": {"every": 6, "max_bytes": 64, "prompts": ["the"], "sample_tokens": 2},
         }
         return RunConfig.parse(apply_overrides(recipe, overrides))

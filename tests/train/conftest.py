@@ -23,6 +23,8 @@ from openelm.train.loop import train
 from openelm.train.objectives import NextToken
 from openelm.train.run import Run, RunConfig, open_run
 
+from ..conftest import tiny_recipe
+
 EXACT = (
     "step",
     "tokens",
@@ -60,21 +62,7 @@ class Bench:
         self.corpus = corpus
 
     def values(self, *overrides: str) -> dict[str, Any]:
-        recipe = {
-            "model": {"layers": 2, "dim": 32, "head_dim": 8, "gqa_groups": 2, "ffn_dim_divisor": 16, "context": 32},
-            "tokenizer": {"vocab_size": 300},
-            "data": {
-                "lanes": 2,
-                "min_characters": 1,
-                "min_tokens": 1,
-                "workers": 0,
-                "sources": [{"name": "tiny", "paths": [str(self.corpus)]}],
-            },
-            "train": {"steps": 12, "rows": 4, "length": 16, "precision": "fp32", "device": "cpu"},
-            "schedule": {"peak": 0.01, "warmup_steps": 3},
-            "checkpoints": {"every": 3, "keep_last": 5},
-        }
-        return apply_overrides(recipe, overrides)
+        return apply_overrides(tiny_recipe(self.corpus), overrides)
 
     def config(self, *overrides: str) -> RunConfig:
         return RunConfig.parse(self.values(*overrides))
