@@ -45,7 +45,18 @@ exit codes: 0 done, 2 usage or configuration, 3 bad input data, 4 damaged model 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code. One of several processes ends here, with that code."""
+    code = _run(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # PyTorch's caches hold the groups of a device mesh, and with them gloo's threads, after they were destroyed.
+        # One that still holds a tensor while the interpreter ends aborts it (pytorch/pytorch, pull request 179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     # Read by OpenMP when torch is loaded. Threads that wait for each other without end make a step five to twenty
     # times slower as soon as another program wants a core; with a short wait it is as fast and stays fast.

@@ -41,6 +41,22 @@ def test_every_verb_of_the_parser_is_tested_here() -> None:
     assert set(_HANDLERS) == set(VERBS)
 
 
+@pytest.mark.parametrize(("size", "code"), [("tiny", 0), ("no-such-size", 2)])
+def test_one_of_several_processes_ends_without_ending_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str, code: int
+) -> None:
+    """Threads of PyTorch that outlive a process group would abort it now and then: exit code -6 after a good run."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(f"left with {code}")
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=f"left with {code}"):
+        main(["inspect", size])
+    assert (capsys.readouterr().out != "") == (code == 0)
+
+
 def test_help_does_not_import_torch(openelm: Any) -> None:
     import subprocess
     import sys
