@@ -67,6 +67,13 @@ class Objection(Line):
     batch_sha256: Hash
 
 
+class BadRows(Line):
+    """Rows of the data that were passed over for an update; written before what else is said of it."""
+
+    count: Count
+    rows: tuple[dict[str, Any], ...]
+
+
 class Evaluation(Line):
     bits_per_byte: Hex
     documents: Count
@@ -107,6 +114,7 @@ class Finish(Line):
 KINDS: dict[str, type[Line]] = {
     "step": Step,
     **dict.fromkeys(("skip", "spike", "nonfinite"), Objection),
+    "bad_rows": BadRows,
     "evaluation": Evaluation,
     "sample": Sample,
     "checkpoint": Saved,
@@ -171,10 +179,10 @@ class Publication:
 
     @functools.cached_property
     def updates(self) -> dict[int, list[Line]]:
-        """What the ledger says about each update: objections, then the step unless the run ended there."""
+        """What the ledger says about each update: bad rows, objections, and the step unless the run ended there."""
         found: dict[int, list[Line]] = {}
         for line in self.valid:
-            if isinstance(line, Step | Objection):
+            if isinstance(line, Step | Objection | BadRows):
                 found.setdefault(line.step, []).append(line)
         return found
 
@@ -195,7 +203,7 @@ class Publication:
         current = None
         for line in self.valid:
             current = line if isinstance(line, Start) else current
-            if isinstance(line, Step | Objection) and current is not None:
+            if isinstance(line, Step | Objection | BadRows) and current is not None:
                 found[line.step] = current
         return found
 
