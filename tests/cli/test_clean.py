@@ -104,6 +104,59 @@ def test_near_duplicates_are_listed_the_same_way(corpus: Path, tmp_path: Path) -
     ]
 
 
+def test_rows_that_cannot_be_read_are_counted_by_source_and_reason(
+    corpus: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = corpus / "a.jsonl"
+    rows = path.read_text().splitlines()
+    rows[0], rows[1], rows[7], rows[9] = "{bad", '{"text": "x"}', "{bad", ""
+    path.write_text("\n".join(rows) + "\n")
+    options = [str(corpus), "--text-key", "body", "--out"]
+    said = "text: 4 of 24 rows were passed over: 2 E_JSON, 1 E_SCHEMA, 1 empty"
+    assert main(["data", "decontaminate", *options, str(tmp_path / "list"), "--against", str(questions)]) == 0
+    out = capsys.readouterr().out
+    assert said in out and "1 of 20 documents" in out
+    report = json.loads((tmp_path / "list" / "report.json").read_text())
+    assert report["documents"] == 20
+    assert report["passed_over"] == {"text": {"E_JSON": 2, "E_SCHEMA": 1, "empty": 1}}
+    for method in ("exact", "minhash"):
+        assert main(["data", "dedup", method, *options, str(tmp_path / f"{method}.jsonl")]) == 0
+        out = capsys.readouterr().out
+        assert said in out and "2 of 20 documents" in out
+
+
+@pytest.mark.parametrize("verb", [["dedup", "exact"], ["dedup", "minhash"], ["decontaminate"]])
+def test_text_of_which_nothing_can_be_read_is_not_called_clean(
+    corpus: Path, questions: Path, tmp_path: Path, failed: Failed, verb: list[str]
+) -> None:
+    more = ("--against", questions) if verb == ["decontaminate"] else ()
+    line = failed(3, "data", *verb, corpus, "--out", tmp_path / "out", *more)
+    assert "E_EMPTY" in line and "keys present: 'body'" in line and "--text-key" in line and "a.jsonl line=1" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_manifest_given_as_text_is_named_as_one(
+    corpus: Path, questions: Path, tmp_path: Path, failed: Failed
+) -> None:
+    manifest, out = tmp_path / "all.json", tmp_path / "out"
+    assert main(["data", "manifest", str(corpus), "--text-key", "body", "--out", str(manifest), "--workers", "1"]) == 0
+    for line in (
+        failed(2, "data", "dedup", "exact", manifest, "--out", out),
+        failed(2, "data", "decontaminate", corpus, manifest, "--against", questions, "--out", out),
+    ):
+        assert "all.json" in line and "a data manifest, not text" in line and "data.manifest" in line
+    line = failed(2, "data", "decontaminate", corpus, "--against", manifest, "--out", out)
+    assert "a data manifest, not text" in line
+
+
+def test_a_recipe_that_names_a_manifest_is_cleaned(corpus: Path, clean_recipe: Path, tmp_path: Path) -> None:
+    manifest, recipe = tmp_path / "all.json", tmp_path / "manifest.toml"
+    assert main(["data", "manifest", str(corpus), "--text-key", "body", "--out", str(manifest), "--workers", "1"]) == 0
+    recipe.write_text(f"[data]\nmanifest = {json.dumps(str(manifest))}\n")
+    assert main(["data", "dedup", "exact", str(recipe), "--out", str(tmp_path / "list.jsonl")]) == 0
+    assert len(lines(tmp_path / "list.jsonl")) == 2
+
+
 def test_without_the_extra_minhash_says_how_to_get_it(
     corpus: Path, tmp_path: Path, failed: Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
