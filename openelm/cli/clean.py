@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
+import resource
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +32,7 @@ _MANIFEST_START = b'{"kind":"openelm data manifest"'
 
 def decontaminate(arguments: argparse.Namespace) -> int:
     """List the documents that share word n-grams with evaluation texts; prints how much of those was met."""
-    _check_at_least(arguments.words, 1, "--words")
+    _check_number(arguments.words, "--words")
     if not 0 <= arguments.min_share <= 1:
         raise ConfigError(f"--min-share {arguments.min_share} is not a part of 1", fix="give a number from 0 to 1")
     folder, console = Path(arguments.out), Screen()
@@ -75,13 +77,16 @@ def decontaminate(arguments: argparse.Namespace) -> int:
 
 def dedup(arguments: argparse.Namespace) -> int:
     """List the documents that repeat an earlier one."""
-    for name in ("words", "bands", "hashes"):
-        _check_at_least(getattr(arguments, name), 1, f"--{name}")
+    for name, most in (("words", None), ("bands", 500), ("hashes", 100)):  # published: up to 450 bands of 20 hashes
+        _check_number(getattr(arguments, name), f"--{name}", most)
     path, console = Path(arguments.out), Screen()
+    if path.is_dir():
+        raise ConfigError("--out is a folder", file=path, fix="give the list a name, such as duplicates.jsonl")
     drops: Drops = {}
     manifest = _manifest(arguments, console)
     make_folder(path.parent)
     with (
+        _enough_files(),
         disk_errors(path),
         tempfile.TemporaryDirectory(prefix=".dedup-", dir=path.parent) as scratch,
         _progress(manifest, console) as progress,
@@ -102,9 +107,22 @@ def dedup(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_at_least(value: int, least: int, name: str) -> None:
-    if value < least:
-        raise ConfigError(f"{name} {value} is too small", fix=f"give at least {least}")
+def _check_number(value: int, name: str, most: int | None = None) -> None:
+    if value < 1 or (most is not None and value > most):
+        raise ConfigError(f"{name} is {value}", fix="give at least 1" + (f" and at most {most}" if most else ""))
+
+
+@contextlib.contextmanager
+def _enough_files() -> Iterator[None]:
+    """Turn the system's refusal to open one more file, once for each band or data file, into a line that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        fix = "raise the limit (ulimit -n 4096), give fewer --bands, or fewer and larger data files"
+        raise ConfigError(f"this needs more than {limit} open files", fix=fix) from None
 
 
 def _manifest(arguments: argparse.Namespace, console: Console) -> Manifest:

@@ -150,6 +150,6 @@ def read_run_file(run: Path, name: str = "run.json") -> Mapping[str, Any]:
         description: dict[str, Any] = json.loads((run / name).read_bytes())
         if not (isinstance(description["model"], dict) and isinstance(description["config"], dict)):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{name} is missing or damaged", file=run / name, fix="give a run folder") from None
     return description

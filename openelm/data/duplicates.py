@@ -20,7 +20,7 @@ from openelm.data.reading import read_block, reason_to_drop
 from openelm.errors import ConfigError, DataError
 
 Progress = Callable[[int], None]
-_BUCKETS = 256
+_BUCKETS = 128  # files that are open at once; macOS allows a shell's programs 256
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])  # half a digest, a place
 
 
@@ -83,8 +83,8 @@ def _unreadable(source: Source) -> DataError:
 def exact_duplicates(manifest: Manifest, scratch: Path, progress: Progress, drops: Drops) -> list[Duplicate]:
     """Find documents whose normalised text (lower case, no punctuation, single spaces) was met before.
 
-    Digests (SHA-256, of which 16 bytes are kept) go to 256 files in `scratch`, 24 bytes a document, and are
-    compared one file at a time: memory is a 256th of that, plus the duplicates. `drops` is as in `documents_of`.
+    Digests (SHA-256, of which 16 bytes are kept) go to 128 files in `scratch`, 24 bytes a document, and are
+    compared one file at a time: memory is a 128th of that, plus the duplicates. `drops` is as in `documents_of`.
     """
     with ExitStack() as opened:
         files = [opened.enter_context((scratch / f"{number:02x}").open("wb")) for number in range(_BUCKETS)]
@@ -93,7 +93,7 @@ def exact_duplicates(manifest: Manifest, scratch: Path, progress: Progress, drop
                 text = normalize(document.text) if document else ""
                 if text:
                     digest = hashlib.sha256(text.encode()).digest()
-                    files[digest[0]].write(digest[:16] + struct.pack("<II", number, row))
+                    files[digest[0] % _BUCKETS].write(digest[:16] + struct.pack("<II", number, row))
     found: list[Duplicate] = []
     for number in range(_BUCKETS):
         found += _repeated(np.fromfile(scratch / f"{number:02x}", _RECORD))

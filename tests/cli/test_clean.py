@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,8 +172,36 @@ def test_wrong_uses_are_one_line(
 ) -> None:
     out = tmp_path / "out"
     rest = ("--against", questions, "--out", out)
-    assert "--words 0" in failed(2, "data", "decontaminate", corpus, *rest, "--words", "0")
+    assert "--words is 0" in failed(2, "data", "decontaminate", corpus, *rest, "--words", "0")
     assert "--min-share 2" in failed(2, "data", "decontaminate", corpus, *rest, "--min-share", "2")
+    assert "--bands is 100000" in failed(2, "data", "dedup", "minhash", corpus, "--out", out, "--bands", "100000")
+    assert "at most 100" in failed(2, "data", "dedup", "minhash", corpus, "--out", out, "--hashes", "101")
     assert "stands alone" in failed(2, "data", "decontaminate", clean_recipe, corpus, *rest)
     assert "exists already" in failed(4, "data", "decontaminate", corpus, "--against", questions, "--out", corpus)
     assert "no such file" in failed(3, "data", "dedup", "exact", tmp_path / "gone", "--out", out)
+
+
+@pytest.mark.parametrize("place", [".", "corpus", "corpus/"])
+def test_a_list_that_would_replace_a_folder_is_refused_before_the_work(
+    corpus: Path, tmp_path: Path, failed: Failed, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (corpus / "b.jsonl").write_text("never read")
+    line = failed(2, "data", "dedup", "exact", corpus / "b.jsonl", "--out", place)
+    assert "--out" in line and "a folder" in line and "duplicates.jsonl" in line
+
+
+def test_too_many_open_files_say_which_limit_to_raise(corpus: Path, tmp_path: Path) -> None:
+    command = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)); from openelm.cli import main; "
+    words = ["data", "dedup", "minhash", str(corpus), "--text-key", "body", "--out", str(tmp_path / "list.jsonl")]
+
+    def dedup(*more: str) -> subprocess.CompletedProcess[str]:
+        code = f"{command} raise SystemExit(main({[*words, *more]!r}))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    done = dedup("--bands", "400", "--hashes", "1")
+    assert done.returncode == 2, done.stderr
+    assert "more than 300 open files" in done.stderr and "ulimit -n" in done.stderr and "--bands" in done.stderr
+    assert not (tmp_path / "list.jsonl").exists() and list(tmp_path.glob(".dedup*")) == []
+    words[2] = "exact"
+    assert dedup().returncode == 0
