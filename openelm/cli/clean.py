@@ -24,7 +24,7 @@ from openelm.data.exclude import CONTAMINATED, DUPLICATE, exclusion_line
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.overlap import NgramIndex
 from openelm.data.stream import DataConfig
-from openelm.errors import CheckpointError, ConfigError
+from openelm.errors import CheckpointError, ConfigError, printable
 from openelm.files import disk_errors, make_folder, publish_folder, replacing
 
 _MANIFEST_START = b'{"kind":"openelm data manifest"'
@@ -66,11 +66,8 @@ def decontaminate(arguments: argparse.Namespace) -> int:
     for entry in files:
         met = entry.met / max(1, entry.ngrams)
         short = f"; {entry.too_short:,} texts have fewer words and were not looked for" if entry.too_short else ""
-        console.print(
-            f"{entry.path}: {entry.met:,} of {entry.ngrams:,} {arguments.words}-word runs found ({met:.2%}){short}",
-            markup=False,
-            soft_wrap=True,
-        )
+        runs = f"{entry.met:,} of {entry.ngrams:,} {arguments.words}-word runs found ({met:.2%})"
+        console.print(f"{printable(entry.path)}: {runs}{short}")
     _print_result(console, listed, manifest, drops, folder / "exclude.jsonl")
     return 0
 
@@ -160,16 +157,13 @@ def _print_result(console: Console, listed: Counter[str], manifest: Manifest, dr
         if reasons := drops.get(source.name):
             counts = ", ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items()))
             passed = f"{sum(reasons.values()):,} of {source.rows:,} rows were passed over: {counts}"
-            console.print(f"{source.name}: {passed}", markup=False, soft_wrap=True)
+            console.print(f"{printable(source.name)}: {passed}")
     for name, number in listed.items():
-        console.print(f"{name}: {number:,} listed", markup=False, soft_wrap=True)
-    console.print(
-        f"{total:,} of {documents:,} documents ({total / max(1, documents):.2%}) are in {path}",
-        markup=False,
-        soft_wrap=True,
-    )
+        console.print(f"{printable(name)}: {number:,} listed")
+    place = printable(str(path))
+    console.print(f"{total:,} of {documents:,} documents ({total / max(1, documents):.2%}) are in {place}")
     if total:
-        console.print(f'next     data.exclude_documents = "{path}" in a recipe', markup=False, soft_wrap=True)
+        console.print(f'next     data.exclude_documents = "{place}" in a recipe')
 
 
 @contextlib.contextmanager

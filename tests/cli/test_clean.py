@@ -205,3 +205,30 @@ def test_too_many_open_files_say_which_limit_to_raise(corpus: Path, tmp_path: Pa
     assert not (tmp_path / "list.jsonl").exists() and list(tmp_path.glob(".dedup*")) == []
     words[2] = "exact"
     assert dedup().returncode == 0
+
+
+def test_names_and_paths_cannot_move_the_cursor_or_add_lines(
+    corpus: Path, questions: Path, tmp_path: Path, failed: Failed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = "\x1b[31mred\nforged\r"
+    line = failed(2, "data", "manifest", corpus, "--text-key", "body", "--name", wild, "--out", tmp_path / "a.json")
+    assert "--name" in line and "control characters" in line and not (tmp_path / "a.json").exists()
+    plain, out = ["--text-key", "body"], str(tmp_path / f"{wild}[bold]")
+    commands = [
+        ["data", "manifest", str(corpus), *plain, "--out", f"{out}.json", "--workers", "1"],
+        ["data", "merge", f"{out}.json", "--out", f"{out}-merged.json"],
+        ["data", "dedup", "exact", str(corpus), *plain, "--out", f"{out}.jsonl"],
+        ["data", "decontaminate", str(corpus), *plain, "--against", str(questions), "--out", out],
+    ]
+    for command in commands:
+        assert main(command) == 0
+        shown = capsys.readouterr().out
+        assert r"\x1b[31mred\nforged\r[bold]" in shown, command
+        assert "\x1b" not in shown and "\r" not in shown and "\nforged" not in shown
+
+
+def test_the_screen_escapes_what_a_caller_forgot(capsys: pytest.CaptureFixture[str]) -> None:
+    from openelm.cli.screen import Screen
+
+    Screen().print("\x1b]0;title\x07 [bold]one[/] :smile:\ntwo\x9b")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07 [bold]one[/] :smile:\ntwo\\x9b\n"
