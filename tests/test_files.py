@@ -265,6 +265,8 @@ def test_a_removed_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 def test_a_thousand_flipped_bits_are_a_thousand_refusals(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     publish(folder, "some text")
