@@ -134,7 +134,7 @@ class _Trainer:
         clock = _Clock(self.state.seconds)
         with _stop_requests() as stop_signals:
             while self.state.step < self.config.steps:
-                self._step(next(batches))
+                self._step(batches)
                 self.state.seconds = clock.seconds()
                 last = self.state.step == self.config.steps
                 self._measure(last)
@@ -162,18 +162,21 @@ class _Trainer:
         if self.ledger is not None:
             self.ledger.sync()
 
-    def _step(self, batch: Batch) -> None:
-        """Do one update and record it.
+    def _step(self, batches: Batches) -> None:
+        """Take a batch, do one update with it and record it.
 
         Raises:
             NumericError: the policy is to stop, or too many updates in a row were skipped.
         """
+        asked = time.perf_counter()
+        batch = next(batches)
         began, tokens_before = time.perf_counter(), self.state.tokens
         events, error = self.updater.update(batch)
         seconds = time.perf_counter() - began
         tokens = self.state.tokens - tokens_before
         speed = {
             "seconds": round(seconds, 6),
+            "wait_seconds": round(began - asked, 6),
             "tokens_per_second": round(tokens / seconds, 2),
             "mfu": round(tokens * self.flops_per_token / seconds / self.matmul_flops, 4),
         }
