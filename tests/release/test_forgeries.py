@@ -274,7 +274,7 @@ def test_16_a_flipped_bit_in_an_optimizer(workshop: Any, forged: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert_caught(workshop, forged, 0, "step-00000009", "optimizer.safetensors")
+    assert_caught(workshop, forged, 0, "step-00000009", "optimizer.safetensors", "first in bytes", "exp_avg")
 
 
 def test_16_a_flipped_bit_in_an_optimizer_with_the_hashes_recomputed(workshop: Any, forged: Path) -> None:
