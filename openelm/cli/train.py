@@ -136,7 +136,8 @@ def publish_average(run: Path, last: int, target: Path) -> list[int]:
     model = OpenELM(ModelConfig.parse(description["model"], file=run / "run.json"))
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(run / "tokenizer")
-    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), replace=True)
+    origin = {"averaged_steps": steps}
+    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), origin=origin, replace=True)
     return steps
 
 
