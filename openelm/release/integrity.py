@@ -51,6 +51,7 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
         findings.run("published model", lambda: _model(publication, tokenizers[0], findings))
     else:
         findings.skip("published model", "the run has no model folder")
+        _last_line(publication, None, findings)
     if (publication.folder / "result.json").exists():
         findings.run("result.json", lambda: _result(publication, findings))
     findings.skip("speeds, times and MFU", "they are claims about a machine, not about the model")
@@ -225,7 +226,9 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
     found = _plain(model.config.model_dump(mode="json"))
     expect("config.json", _plain(publication.description.model), found, folder / "config.json")
     expect("tokenizer", tokenizer.sha256, load_tokenizer(folder).sha256, folder)
-    steps = parse(Origin, read_json(folder / ORIGIN), folder / ORIGIN).averaged_steps
+    origin = parse(Origin, read_json(folder / ORIGIN), folder / ORIGIN)
+    _last_line(publication, origin.ledger_head, findings)
+    steps = origin.averaged_steps
     if unknown := [step for step in steps if step not in publication.saved and step not in publication.checkpoints]:
         raise VerificationError(f"step {unknown[0]} has no checkpoint", file=folder / ORIGIN)
     listing, card = ", ".join(map(str, steps)), folder / "README.md"
@@ -237,6 +240,17 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
         return "whole; its weights were not compared"
     compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / WEIGHTS)
     return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
+
+
+def _last_line(publication: Publication, head: str | None, findings: Findings) -> None:
+    """Find the line that was the ledger's last one when the model was averaged; the chain covers the lines before."""
+    if head is not None and head not in publication.hashes:
+        raise VerificationError(
+            "its last lines were changed or removed: none has the hash that the published model holds",
+            file=publication.ledger,
+        )
+    if head != publication.hashes[-1]:
+        findings.skip("the last line of the ledger", "nothing that was published later holds its hash")
 
 
 def compare_tensors(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:

@@ -160,6 +160,7 @@ class Origin(Strict):
     """`origin.json` of the published model."""
 
     averaged_steps: Annotated[tuple[Count, ...], pydantic.AfterValidator(_increasing)]
+    ledger_head: Hash
 
 
 @dataclass(frozen=True)
