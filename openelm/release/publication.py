@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -155,6 +156,19 @@ class SavedState(Strict):
     cursors: tuple[dict[str, Any], ...]
     ledger_head: Hash
     parts: Annotated[int, Field(ge=1)] = 1
+
+
+def _increasing(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if not steps or any(late <= early for early, late in itertools.pairwise(steps)):
+        raise ValueError("not steps in increasing order")
+    return steps
+
+
+class Origin(Strict):
+    """`origin.json` of the published model."""
+
+    averaged_steps: Annotated[tuple[Count, ...], pydantic.AfterValidator(_increasing)]
+    ledger_head: Hash
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def _verify(
 
 def _read(folder: Path, found: list[Publication]) -> str:
     found.append(read_publication(folder))
-    return "every line is chained to the one before it"
+    head = found[0].hashes[-1] if found[0].hashes else "of nothing"
+    return f"every line is chained to the one before it; SHA-256 of the last one: {head}"
 
 
 def _note_numerics(publication: Publication, ground: Ground, findings: Findings) -> None:

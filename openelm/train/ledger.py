@@ -39,6 +39,16 @@ def read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     return _read(path)[0]
 
 
+def ledger_head(path: Path) -> str:
+    """Return the SHA-256 of the last whole line, which no later line holds.
+
+    Raises:
+        CheckpointError: the chain is broken.
+    """
+    lines = read_lines(path)
+    return lines[-1][1] if lines else FIRST
+
+
 def valid_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out what a later `rewind` declared void: events of steps after the one it went back to."""
     kept: list[dict[str, Any]] = []
