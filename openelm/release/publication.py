@@ -278,7 +278,7 @@ def read_publication(folder: Path) -> Publication:
     description = parse(Description, read_json(folder / "run.json"), folder / "run.json")
     config = RunConfig.parse(description.config, file=folder / "run.json")
     ledger = plain(folder / "ledger.jsonl")
-    raw = read_lines(ledger)
+    raw = list(read_lines(ledger))
     lines = [_line(event, ledger, number) for number, (event, _) in enumerate(raw, start=1)]
     kept = {id(event) for event in valid_events([event for event, _ in raw])}
     return Publication(
@@ -314,13 +314,15 @@ def parse(kind: type[PartType], value: object, path: Path, line: int | None = No
 
 
 def plain(path: Path) -> Path:
-    """Return a path of the publication unless it is a link, which could lead anywhere on the reader's disk.
+    """Return a path of the publication unless it is a link, which could lead anywhere, or a device or pipe.
 
     Raises:
         VerificationError: it is one.
     """
     if path.is_symlink():
         raise VerificationError("a link, where a publication has files and folders of its own", file=path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise VerificationError("neither a file nor a folder", file=path)
     return path
 
 

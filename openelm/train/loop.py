@@ -127,7 +127,7 @@ class _Trainer:
     def train(self, open_batches: Callable[[list[dict[str, Any]] | None], Batches]) -> OpenELM:
         cursors = self._restore()
         if self.state.step >= self.config.steps:
-            if self.ledger and self.ledger.events[-1]["event"] != "finish":  # killed before the last line
+            if self.ledger and self.ledger.last_event != "finish":  # killed before the last line
                 self._finish({})
             return self.updater.model
         batches = open_batches(cursors)
@@ -218,7 +218,7 @@ class _Trainer:
         for step, error in damage:
             set_aside(checkpoint_folder(self.run.folder, step))
             self._record({"event": "damage", "step": checkpoint.step if checkpoint else 0, "reason": str(error)})
-        recorded = max((event.get("step", 0) for event in self.ledger.events), default=0)
+        recorded = self.ledger.furthest_step
         if checkpoint is not None and checkpoint.step > recorded:
             raise CheckpointError(
                 f"the ledger ends at step {recorded}, before the checkpoint of step {checkpoint.step}",
@@ -227,7 +227,7 @@ class _Trainer:
             )
         self.processes.gather_json(checkpoint.step if checkpoint else None)
         if checkpoint is None:
-            if self.ledger.events:
+            if self.ledger.last_event is not None:
                 self._record({"event": "rewind", "step": recorded, "to": 0})
             self._record({"event": "start", "step": 0, **self._surroundings()})
             return None
