@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from openelm.config import Config
-from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Block, ReadOptions
+from openelm.data.blocks import Blocks
+from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, ReadOptions
 from openelm.data.paths import expand_paths
 from openelm.data.readers import READERS, format_of
 from openelm.data.remote import DataPath, Url, data_path, local_copy
@@ -49,7 +50,7 @@ class Shard:
     modified_ns: int
     sha256: str
     rows: int
-    blocks: tuple[Block, ...]
+    blocks: Blocks
     version: str = ""
     """Behind a URL: what the store calls this content, its ETag or time of change."""
 
@@ -153,13 +154,12 @@ def source_json(source: Source) -> dict[str, Any]:
 def shard_json(shard: Shard) -> dict[str, Any]:
     """Return plain data that `shard_from_json` turns into an equal shard."""
     value = {name: getattr(shard, name) for name in Shard.__slots__}
-    blocks = [[block.first_row, block.rows, block.offset, block.skip_rows, block.bytes] for block in shard.blocks]
-    return {**value, "blocks": blocks}
+    return {**value, "blocks": shard.blocks.to_json()}
 
 
 def shard_from_json(value: dict[str, Any]) -> Shard:
     """Rebuild a shard from plain data; KeyError, TypeError or ValueError when it is none."""
-    return Shard(**{**value, "blocks": tuple(Block(*map(int, block)) for block in value["blocks"])})
+    return Shard(**{**value, "blocks": Blocks(value["blocks"])})
 
 
 def source_from_json(value: dict[str, Any]) -> Source:
@@ -243,10 +243,10 @@ def scan_shard(
     """
     kind = format_of(path) if kind == "auto" else kind
 
-    def scan() -> tuple[str, tuple[Block, ...]]:
+    def scan() -> tuple[str, Blocks]:
         with local_copy(path) if isinstance(path, Url) else contextlib.nullcontext(path) as local:
             try:
-                blocks = READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes)
+                blocks = Blocks(READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes))
             except DataError as error:
                 raise error if local == path else _about(path, error) from None
             return sha256_file(local), blocks
@@ -261,8 +261,7 @@ def scan_shard(
         fix = "wait until it is complete"
         raise DataError("the file is being written to", fix=fix, file=path, code="E_CHANGED")
     size, modified_ns, version = after
-    rows = sum(block.rows for block in blocks)
-    return Shard(str(path), name, kind, size, modified_ns, digest, rows, blocks, version)
+    return Shard(str(path), name, kind, size, modified_ns, digest, blocks.rows, blocks, version)
 
 
 def _about(path: DataPath, error: DataError) -> DataError:

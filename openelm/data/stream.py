@@ -170,7 +170,7 @@ class BatchStream:
         self._rows, self._lanes, self._part = rows, config.lanes, part
         self._byte_lengths = tokenizer.byte_lengths().astype(np.int64)
         job = Job(
-            manifest.to_json(), str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
+            manifest, str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
             config.packing, excluded,
         )  # fmt: skip
