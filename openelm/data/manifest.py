@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from openelm.data.readers import READERS, format_of
 from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_bytes, sha256_file, sha256_stream
+from openelm.files import canonical_json, sha256_file, sha256_stream
 
 
 class SourceConfig(Config):
@@ -111,28 +112,27 @@ class Manifest:
     @functools.cached_property
     def sha256(self) -> str:
         """Hash what decides the documents: not the folders the files lie in, nor when they were written."""
-        value = self.to_json()
-        for source in value["sources"]:
-            for shard in source["shards"]:
-                del shard["path"], shard["modified_ns"], shard["version"]
-        return sha256_bytes(canonical_json(value))
+        digest = hashlib.sha256(b"{")
+        for piece in encode_sources(
+            (source_json(source), map(_content_json, source.shards)) for source in self.sources
+        ):
+            digest.update(piece)
+        digest.update(b"}")
+        return digest.hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data that `from_json` turns into an equal manifest."""
-        return {"sources": [source_json(source) for source in self.sources]}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Manifest:
-        """Rebuild a manifest from plain data.
-
-        Raises:
-            DataError: the data is not a manifest.
-        """
-        try:
-            return cls(tuple(source_from_json(source) for source in value["sources"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            fix = "build the manifest again"
-            raise DataError(f"not a data manifest ({type(error).__name__}: {error})", fix=fix) from None
+    def summary(self) -> dict[str, Any]:
+        """Return the hash, and of each source what people want to know at a glance, as plain data."""
+        sources = [
+            {
+                "name": source.name,
+                "files": len(source.shards),
+                "rows": source.rows,
+                "bytes": sum(shard.bytes for shard in source.shards),
+                "weight": source.weight,
+            }
+            for source in self.sources
+        ]
+        return {"sha256": self.sha256, "sources": sources}
 
     def check_unchanged(self, *, whole: bool = False) -> None:
         """Check every file; cheap unless files were moved or `whole` asks to hash all of them.
@@ -146,9 +146,24 @@ class Manifest:
 
 
 def source_json(source: Source) -> dict[str, Any]:
-    """Return plain data that `source_from_json` turns into an equal source."""
-    value = {name: getattr(source, name) for name in ("name", *_SETTINGS)}
-    return {**value, "shards": [shard_json(shard) for shard in source.shards]}
+    """Return a source's name and settings as plain data, without its shards."""
+    return {**{name: getattr(source, name) for name in ("name", *_SETTINGS)}, "shards": []}
+
+
+def encode_sources(sources: Iterable[tuple[Mapping[str, Any], Iterable[Mapping[str, Any]]]]) -> Iterator[bytes]:
+    """Encode `"sources":[…]` as canonical JSON, a shard at a time: the text of all blocks is large.
+
+    Args:
+        sources: plain data with one empty list of shards in it, and the shards that belong there.
+    """
+    yield b'"sources":['
+    for number, (source, shards) in enumerate(sources):
+        before, after = canonical_json(source).split(b'"shards":[]')  # a quote inside a text has a backslash before it
+        yield (b"," if number else b"") + before + b'"shards":['
+        for at, shard in enumerate(shards):
+            yield (b"," if at else b"") + canonical_json(shard)
+        yield b"]" + after
+    yield b"]"
 
 
 def shard_json(shard: Shard) -> dict[str, Any]:
@@ -157,14 +172,54 @@ def shard_json(shard: Shard) -> dict[str, Any]:
     return {**value, "blocks": shard.blocks.to_json()}
 
 
+def _content_json(shard: Shard) -> dict[str, Any]:
+    left_out = ("path", "modified_ns", "version")
+    return {name: value for name, value in shard_json(shard).items() if name not in left_out}
+
+
 def shard_from_json(value: dict[str, Any]) -> Shard:
-    """Rebuild a shard from plain data; KeyError, TypeError or ValueError when it is none."""
+    """Rebuild a shard from plain data.
+
+    Raises:
+        ValueError: it is none.
+    """
+    check_kinds(value, _SHARD_KINDS)
     return Shard(**{**value, "blocks": Blocks(value["blocks"])})
 
 
-def source_from_json(value: dict[str, Any]) -> Source:
-    """Rebuild a source from plain data; KeyError, TypeError or ValueError when it is none."""
-    return Source(**{**value, "shards": tuple(map(shard_from_json, value["shards"]))})
+def source_from_json(value: dict[str, Any], shards: Iterable[Shard]) -> Source:
+    """Rebuild a source from plain data and its shards.
+
+    Raises:
+        ValueError: it is none.
+    """
+    check_kinds(value, _SOURCE_KINDS)
+    return Source(**{**value, "shards": tuple(shards)})
+
+
+def check_kinds(value: Any, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Hold plain data to the names and the types of its values.
+
+    Raises:
+        ValueError: names the first that is missing, unknown or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, where an object is expected")
+    for name in sorted({*value, *kinds}):
+        if name not in kinds or type(value.get(name, ...)) not in kinds[name]:
+            given = type(value[name]).__name__ if name in value else "nothing"
+            raise ValueError(f"{name[:40]!r} is {given}")
+
+
+_SHARD_KINDS = {
+    **dict.fromkeys(("path", "name", "format", "sha256", "version"), (str,)),
+    **dict.fromkeys(("bytes", "modified_ns", "rows"), (int,)),
+    "blocks": (list,),
+}
+_SOURCE_KINDS = {
+    **dict.fromkeys(("name", "text_key"), (str,)),
+    **{"weight": (float, int), "document_bytes": (int, type(None)), "max_document_bytes": (int,), "shards": (list,)},
+}
 
 
 def file_state(path: DataPath) -> tuple[int, int, str]:

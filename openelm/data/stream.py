@@ -21,8 +21,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from openelm.config import Config
 from openelm.data.document import Drops, add_drops
 from openelm.data.exclude import load_exclusions
-from openelm.data.manifest import Manifest, SourceConfig, build_manifest
-from openelm.data.manifest_file import load_manifest
+from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest_file import Survey, load_surveys, manifest_of, survey_sources
 from openelm.data.pieces import pieces_fingerprint
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
@@ -70,6 +70,10 @@ class DataConfig(Config):
         return self
 
     def open_manifest(self) -> Manifest:
+        """Return what `open_surveys` finds, without how it was found."""
+        return manifest_of(self.open_surveys())
+
+    def open_surveys(self) -> tuple[Survey, ...]:
         """Find and hash the files of the sources, or read the manifest and compare its files.
 
         Raises:
@@ -77,10 +81,10 @@ class DataConfig(Config):
             DataError: a file, or the manifest, is missing, changed, damaged or without text.
         """
         if self.manifest is None:
-            return build_manifest(self.sources, on_bad_row=self.on_bad_row)
-        manifest = load_manifest(Path(self.manifest), self.weights)
-        manifest.check_unchanged()
-        return manifest
+            return survey_sources(self.sources, on_bad_row=self.on_bad_row)
+        surveys = load_surveys(Path(self.manifest), self.weights)
+        manifest_of(surveys).check_unchanged()
+        return surveys
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from openelm.data.manifest_file import load_manifest, read_manifest_file, write_manifest_file
 from openelm.errors import CheckpointError, ConfigError, OpenELMError
 from openelm.train.ledger import read_ledger
 from openelm.train.run import RunConfig
@@ -147,7 +149,7 @@ def test_run_json_says_what_the_numbers_depend_on(undisturbed: Path) -> None:
     values = run_file(undisturbed)
     assert values["environment"].keys() >= {"openelm", "torch", "python", "device", "precision", "cpu_capability"}
     (source,) = values["data"]["sources"]
-    assert len(source["shards"][0]["sha256"]) == len(values["data"]["sha256"]) == 64
+    assert (source["name"], source["files"], source["rows"], len(values["data"]["sha256"])) == ("tiny", 1, 50, 64)
     assert values["seed"] == 0
     assert values["parameters"] > 0
     start = read_ledger(undisturbed / "ledger.jsonl")[0]
@@ -155,6 +157,40 @@ def test_run_json_says_what_the_numbers_depend_on(undisturbed: Path) -> None:
         values["data"]["sha256"],
         values["tokenizer"]["sha256"],
     )
+
+
+def test_the_lists_of_files_lie_beside_run_json_which_holds_only_their_hashes_and_sums(
+    bench: Any, corpus: Path, tmp_path: Path
+) -> None:
+    run = bench.open(tmp_path, f'held_out=[{{name="other", paths=["{corpus}"]}}]')
+    for key, name, manifest in (("data", "data.json", run.manifest), ("held_out", "held-out.json", run.held_out)):
+        assert load_manifest(tmp_path / name) == manifest
+        assert run_file(tmp_path)[key] == manifest.summary()
+    assert len((tmp_path / "run.json").read_bytes()) < 10_000
+
+
+@pytest.mark.parametrize("name", ["data.json", "held-out.json"])
+@pytest.mark.parametrize("fault", ["missing", "damaged", "of other text"])
+def test_a_list_that_is_not_the_runs_is_refused_by_name(
+    bench: Any, corpus: Path, tmp_path: Path, name: str, fault: str
+) -> None:
+    held_out = f'held_out=[{{name="other", paths=["{corpus}"]}}]'
+    bench.open(tmp_path / "run", held_out)
+    path = tmp_path / "run" / name
+    if fault == "missing":
+        path.unlink()
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes().replace(b'"rows":50', b'"rows":51', 1))
+    else:
+        (survey,) = read_manifest_file(path)
+        write_manifest_file(path, [replace(survey, source=replace(survey.source, text_key="body"))])
+    with pytest.raises(CheckpointError) as caught:
+        bench.open(tmp_path / "run", held_out)
+    assert caught.value.file == path and caught.value.exit_code == 4
+    change = "data_sha256" if name == "data.json" else "held_out_sha256"
+    assert f"--allow-change {change}" in str(caught.value)
+    bench.open(tmp_path / "run", held_out, allow_change=[change])
+    bench.open(tmp_path / "run", held_out)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"config": 3}'])
