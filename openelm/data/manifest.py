@@ -6,7 +6,9 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -20,6 +22,9 @@ from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
 from openelm.files import canonical_json, sha256_file, sha256_stream
+
+State = tuple[int, int, str]  # bytes, time of change, version
+_ASKING_THREADS = 16
 
 
 class SourceConfig(Config):
@@ -39,6 +44,10 @@ class SourceConfig(Config):
     """Cut a txt file at the first blank line after this many bytes; None: one file is one document."""
     max_document_bytes: PositiveInt = MAX_DOCUMENT_BYTES
 
+    def source(self, shards: tuple[Shard, ...] = ()) -> Source:
+        """Return the source of these settings and files."""
+        return Source(self.name, shards, **{name: getattr(self, name) for name in _SETTINGS})
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -55,6 +64,11 @@ class Shard:
     version: str = ""
     """Behind a URL: what the store calls this content, its ETag or time of change."""
 
+    @property
+    def state(self) -> State:
+        """What `file_state` said of the file when the manifest was made."""
+        return self.bytes, self.modified_ns, self.version
+
     def check_unchanged(self, *, whole: bool = False) -> None:
         """Compare the file with the manifest: size and time of change, and its SHA-256 if either differs.
 
@@ -67,7 +81,7 @@ class Shard:
         path = data_path(self.path)
         try:
             state = file_state(path)
-            if not whole and state == (self.bytes, self.modified_ns, self.version):
+            if not whole and state == self.state:
                 return
             found = retried(lambda: _sha256(path) if whole else _remembered_sha256(path, *state))
         except OSError as error:
@@ -140,9 +154,9 @@ class Manifest:
         Raises:
             DataError: E_CHANGED for the first file that differs.
         """
-        for source in self.sources:
-            for shard in source.shards:
-                shard.check_unchanged(whole=whole)
+        shards = [shard for source in self.sources for shard in source.shards]
+        with ThreadPoolExecutor(_ASKING_THREADS) as threads:
+            list(threads.map(lambda shard: shard.check_unchanged(whole=whole), shards))  # the first error in list order
 
 
 def source_json(source: Source) -> dict[str, Any]:
@@ -222,7 +236,7 @@ _SOURCE_KINDS = {
 }
 
 
-def file_state(path: DataPath) -> tuple[int, int, str]:
+def file_state(path: DataPath) -> State:
     """Return size, time of change and version: what tells cheaply that a file is the same.
 
     Raises:
@@ -233,6 +247,16 @@ def file_state(path: DataPath) -> tuple[int, int, str]:
     except OSError as error:
         raise unreadable(path, error) from None
     return status.st_size, status.st_mtime_ns, getattr(status, "version", "")
+
+
+def file_states(paths: Sequence[DataPath]) -> list[State]:
+    """Return the state of each file; many are asked for at once, because a store takes its time to answer.
+
+    Raises:
+        DataError: the first file that is gone or may not be read.
+    """
+    with ThreadPoolExecutor(_ASKING_THREADS) as threads:
+        return list(threads.map(file_state, paths))
 
 
 def _sha256(path: DataPath) -> str:
@@ -253,12 +277,15 @@ def build_manifest(
     *,
     on_bad_row: Literal["error", "skip"] = "error",
     block_bytes: int = BLOCK_BYTES,
+    known: Mapping[str, Sequence[Shard]] = MappingProxyType({}),
 ) -> Manifest:
     """Find, hash and scan every file of every source.
 
     Args:
         on_bad_row: "skip" lets a row over the source's size limit pass; reading then counts it as dropped.
         block_bytes: about how much of a large file one block holds.
+        known: by source, what an earlier scan with the same settings found; files that did not change since are
+            taken from there.
 
     Raises:
         ConfigError: two sources share a name.
@@ -269,19 +296,31 @@ def build_manifest(
         raise ConfigError(f"sources must have different names (given: {', '.join(names) or 'no source'})")
     sources = []
     for config in configs:
-        options = ReadOptions(config.name, config.text_key, config.document_bytes, config.max_document_bytes)
+        options = config.source().options
         strict = on_bad_row == "error"
+        files = expand_paths(config.paths, config.exclude)
+        unchanged = _unchanged(files, known.get(config.name, ()))
         shards = tuple(
-            scan_shard(name, path, config.format, options, strict=strict, block_bytes=block_bytes)
-            for name, path in expand_paths(config.paths, config.exclude)
+            unchanged.get(path)
+            or scan_shard(name, path, config.format, options, strict=strict, block_bytes=block_bytes)
+            for name, path in files
         )
-        settings = {name: getattr(config, name) for name in _SETTINGS}
-        source = Source(config.name, shards, **settings)
+        source = config.source(shards)
         if not source.rows:
             what = f"source {config.name!r} is empty: {len(shards)} files hold no text"
             raise DataError(what, fix="give files with text", file=", ".join(config.paths), code="E_EMPTY")
         sources.append(source)
     return Manifest(tuple(sources))
+
+
+def _unchanged(files: Sequence[tuple[str, DataPath]], known: Sequence[Shard]) -> dict[DataPath, Shard]:
+    """Find the files whose place, name, size, time of change and version are those of a known entry."""
+    entries = {(shard.name, shard.path): shard for shard in known}
+    asked = [(path, entries[name, str(path)]) for name, path in files if (name, str(path)) in entries]
+    states = file_states([path for path, _ in asked])
+    pairs = zip(asked, states, strict=True)
+    # A store that gives neither time nor version says nothing about the content.
+    return {path: shard for (path, shard), state in pairs if state == shard.state and any(state[1:])}
 
 
 def scan_shard(

@@ -186,14 +186,26 @@ def load_manifest(path: Path, weights: Mapping[str, float] | None = None) -> Man
 
 
 def survey_sources(
-    configs: Sequence[SourceConfig], *, on_bad_row: Literal["error", "skip"] = "error"
+    configs: Sequence[SourceConfig], *, on_bad_row: Literal["error", "skip"] = "error", known: Sequence[Survey] = ()
 ) -> tuple[Survey, ...]:
-    """Find, hash and scan every file of every source here and now; raises what `build_manifest` does."""
-    manifest = build_manifest(configs, on_bad_row=on_bad_row)
-    return tuple(
-        Survey(source, config.format, on_bad_row, BLOCK_BYTES, len(source.shards), _listing_of(source.shards))
-        for config, source in zip(configs, manifest.sources, strict=True)
-    )
+    """Find every file of every source, hash and scan those that changed since; raises what `build_manifest` does.
+
+    Args:
+        known: what an earlier call found; sources with other settings than then are scanned anew.
+    """
+
+    def survey_of(config: SourceConfig, source: Source) -> Survey:
+        listing = _listing_of(source.shards)
+        return Survey(source, config.format, on_bad_row, BLOCK_BYTES, len(source.shards), listing)
+
+    earlier = {survey.source.name: survey for survey in known}
+    usable = {
+        config.name: earlier[config.name].source.shards
+        for config in configs
+        if config.name in earlier and earlier[config.name].settings == survey_of(config, config.source()).settings
+    }
+    manifest = build_manifest(configs, on_bad_row=on_bad_row, known=usable)
+    return tuple(map(survey_of, configs, manifest.sources))
 
 
 def _listing_of(shards: Iterable[Shard]) -> str:

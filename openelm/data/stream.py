@@ -73,15 +73,18 @@ class DataConfig(Config):
         """Return what `open_surveys` finds, without how it was found."""
         return manifest_of(self.open_surveys())
 
-    def open_surveys(self) -> tuple[Survey, ...]:
+    def open_surveys(self, known: Sequence[Survey] = ()) -> tuple[Survey, ...]:
         """Find and hash the files of the sources, or read the manifest and compare its files.
+
+        Args:
+            known: what an earlier start found; files that did not change since are not read again.
 
         Raises:
             ConfigError: a source's name or weight is wrong.
             DataError: a file, or the manifest, is missing, changed, damaged or without text.
         """
         if self.manifest is None:
-            return survey_sources(self.sources, on_bad_row=self.on_bad_row)
+            return survey_sources(self.sources, on_bad_row=self.on_bad_row, known=known)
         surveys = load_surveys(Path(self.manifest), self.weights)
         manifest_of(surveys).check_unchanged()
         return surveys

@@ -171,9 +171,9 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     make_folder(folder)
     stored = _read_stored(folder / "run.json")
     known = read_lists(folder, stored, allow_change) if stored else {}
-    found = {"data": config.data.open_surveys()}
+    found = {"data": config.data.open_surveys(known.get("data", ()))}
     if config.held_out:
-        found["held_out"] = survey_sources(config.held_out)
+        found["held_out"] = survey_sources(config.held_out, known=known.get("held_out", ()))
     manifest = manifest_of(found["data"])
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
