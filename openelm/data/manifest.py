@@ -21,7 +21,7 @@ from openelm.data.readers import READERS, format_of
 from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_file, sha256_stream
+from openelm.files import canonical_json, sha256_file
 
 State = tuple[int, int, str]  # bytes, time of change, version
 _ASKING_THREADS = 16
@@ -260,8 +260,7 @@ def file_states(paths: Sequence[DataPath]) -> list[State]:
 
 
 def _sha256(path: DataPath) -> str:
-    with path.open("rb") as file:
-        return sha256_stream(file)
+    return path.sha256() if isinstance(path, Url) else sha256_file(path)
 
 
 _remembered_sha256: Callable[[DataPath, int, int, str], str] = functools.lru_cache(maxsize=1 << 16)(
