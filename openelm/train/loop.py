@@ -82,6 +82,7 @@ def train(
     """
     _check_processes(run, processes)
     with ExitStack() as opened:
+        opened.enter_context(processes.name_the_missing())
         ledger = None
         if processes.leads:
             make_folder(run.folder / "checkpoints")
