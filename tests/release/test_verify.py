@@ -147,7 +147,7 @@ def skipping(workshop: Any, one_thread: None, tmp_path_factory: pytest.TempPathF
         ("schedule.shape=warmup-stable-decay", "train.seed=5"),
         ("train.numerics=exact", "train.shards=2"),
         ("train.micro_rows=2", "train.document_mask=false", "checkpoints.every=5"),
-        ("train.recompute_layers=true", "data.lanes=4", "held_out=[]"),
+        ("train.recompute=full", "data.lanes=4", "held_out=[]"),
         ("train.precision=bf16", "schedule.warmup_steps=0"),
     ],
 )

@@ -189,6 +189,14 @@ def test_a_shared_run_goes_on_alone_and_at_more_processes(
     assert bench.fingerprint(tmp_path / "run", 6) == bench.fingerprint(sharded, 6)
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputing_the_layers_of_a_shared_model_changes_no_bit(
+    bench: Any, launch: Any, sharded: Path, tmp_path: Path, kind: str
+) -> None:
+    launch.run(tmp_path / "run", 2, *SHARDED, f"train.recompute={kind}")
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(sharded)
+
+
 def test_exact_sums_need_whole_gradients(bench: Any) -> None:
     from openelm.errors import ConfigError
 
