@@ -93,10 +93,28 @@ class Processes:
             store.set(f"{_SEEN}/{self.rank}", str(self._calls))
             return collective()
         except (RuntimeError, dist.DistError) as error:
-            raise ProcessError(
-                f"process {self.rank} waited for {self._missing(store)}: {str(error).splitlines()[0][:200]}",
-                fix="see that process's own message; the same command goes on from the last checkpoint",
-            ) from None
+            raise self._failure(error) from None
+
+    @contextlib.contextmanager
+    def name_the_missing(self) -> Iterator[None]:
+        """Name the processes that did not come when a collective call fails inside, such as FSDP2's own.
+
+        Raises:
+            ProcessError: a process died or does not answer.
+        """
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.count == 1 or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+                raise
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> ProcessError:
+        store = dist.distributed_c10d._get_default_store()
+        return ProcessError(
+            f"process {self.rank} waited for {self._missing(store)}: {str(error).splitlines()[0][:200]}",
+            fix="see that process's own message; the same command goes on from the last checkpoint",
+        )
 
     def _missing(self, store: Any) -> str:
         """Name the processes that did not begin this call; if all did, those that do not report its failure either."""

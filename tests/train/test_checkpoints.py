@@ -270,6 +270,13 @@ def test_a_checkpoint_is_safetensors_and_json_only(undisturbed: Path) -> None:
     assert {name.rpartition("/")[0] for name in moments} == set(weights)
 
 
+@pytest.mark.parametrize("name", ["step-²", "step-3", "step-٠٠٠٠٠٠٠٣", "step-000000003", "step-", "step-1e3"])
+def test_a_folder_that_only_looks_like_a_checkpoint_is_none(tmp_path: Path, name: str) -> None:
+    for found in (name, "step-00000006", "step-123456789"):
+        (tmp_path / "checkpoints" / found).mkdir(parents=True)
+    assert checkpoint_steps(tmp_path) == [6, 123456789]
+
+
 def test_two_processes_cannot_train_the_same_folder(bench: Any, tmp_path: Path) -> None:
     from openelm.files import folder_lock
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,38 +17,10 @@ from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number, read_ledger
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 SETTINGS = ("train.rows=8", "data.lanes=4", "train.shards=4", "train.timeout_seconds=20")
 EXACT = (*SETTINGS, "train.numerics=exact")
-
-
-class Launch:
-    """Starts the processes of one run as torchrun does, by environment variables."""
-
-    def __init__(self, bench: Any, environment: dict[str, str]) -> None:
-        self._bench, self._environment = bench, environment
-
-    def start(self, folder: Path, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
-        folder.mkdir(exist_ok=True)
-        recipe = folder.with_name(f"{folder.name}.json")
-        recipe.write_text(json.dumps({"config": self._bench.values(*overrides), "model": {}}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "openelm", "train", str(recipe), "--out", str(folder)]
-        group = {**self._environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-        places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        pipe = subprocess.PIPE
-        return [subprocess.Popen(command, env=place, stdout=pipe, stderr=pipe, text=True) for place in places]
-
-    def run(self, folder: Path, count: int, *overrides: str) -> None:
-        for process in self.start(folder, count, *overrides):
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-
-
-@pytest.fixture(scope="module")
-def launch(bench: Any, environment: dict[str, str]) -> Launch:
-    return Launch(bench, environment)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +89,7 @@ def test_exact_and_fast_differ_by_rounding_only(bench: Any, alone: Path, tmp_pat
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
-    bench: Any, launch: Launch, alone: Path, tmp_path: Path, count: int
+    bench: Any, launch: Any, alone: Path, tmp_path: Path, count: int
 ) -> None:
     launch.run(tmp_path / "run", count, *EXACT)
     assert bench.history(tmp_path / "run") == bench.history(alone)
@@ -129,7 +97,7 @@ def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
 
 
 def test_two_processes_that_save_in_the_background_give_the_same_bits(
-    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+    bench: Any, launch: Any, alone: Path, tmp_path: Path
 ) -> None:
     launch.run(tmp_path / "run", 2, *EXACT, "checkpoints.background=true")
     assert bench.history(tmp_path / "run") == bench.history(alone)
@@ -137,7 +105,7 @@ def test_two_processes_that_save_in_the_background_give_the_same_bits(
 
 
 def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
-    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+    bench: Any, launch: Any, alone: Path, tmp_path: Path
 ) -> None:
     launch.run(tmp_path / "run", 2, *SETTINGS)
     for fast, exact in zip(bench.history(tmp_path / "run"), bench.history(alone), strict=True):
@@ -146,7 +114,7 @@ def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
 
 
 def test_a_killed_run_goes_on_at_other_numbers_of_processes(
-    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+    bench: Any, launch: Any, alone: Path, tmp_path: Path
 ) -> None:
     bench.train_until(tmp_path / "run", 5, *EXACT)
     processes = launch.start(tmp_path / "run", 4, *EXACT)
@@ -159,9 +127,7 @@ def test_a_killed_run_goes_on_at_other_numbers_of_processes(
     assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
 
 
-def test_a_stop_signal_to_any_process_saves_and_stops_all(
-    bench: Any, launch: Launch, alone: Path, tmp_path: Path
-) -> None:
+def test_a_stop_signal_to_any_process_saves_and_stops_all(bench: Any, launch: Any, alone: Path, tmp_path: Path) -> None:
     first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.send_signal(signal.SIGTERM)
@@ -176,7 +142,7 @@ SHARDED = (*SETTINGS, "train.shard_processes=2")
 
 
 @pytest.fixture(scope="module")
-def sharded(launch: Launch, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(launch: Any, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that share one copy of the model."""
     folder = tmp_path_factory.mktemp("sharded") / "run"
     launch.run(folder, 2, *SHARDED)
@@ -184,7 +150,7 @@ def sharded(launch: Launch, one_thread: None, tmp_path_factory: pytest.TempPathF
 
 
 def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
-    bench: Any, launch: Launch, sharded: Path, tmp_path: Path
+    bench: Any, launch: Any, sharded: Path, tmp_path: Path
 ) -> None:
     """Sums of two numbers have no order; what differs is the last bit of norms and of updates of short vectors."""
     launch.run(tmp_path / "run", 2, *SETTINGS)
@@ -210,7 +176,7 @@ def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Pa
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_shared_run_goes_on_alone_and_at_more_processes(
-    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, count: int
+    bench: Any, launch: Any, sharded: Path, tmp_path: Path, count: int
 ) -> None:
     """4 processes with 2 a copy are the hybrid of both. Sums are taken in another order: losses within 1e-3."""
     shutil.copytree(sharded, tmp_path / "run")
@@ -223,6 +189,14 @@ def test_a_shared_run_goes_on_alone_and_at_more_processes(
     assert bench.fingerprint(tmp_path / "run", 6) == bench.fingerprint(sharded, 6)
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputing_the_layers_of_a_shared_model_changes_no_bit(
+    bench: Any, launch: Any, sharded: Path, tmp_path: Path, kind: str
+) -> None:
+    launch.run(tmp_path / "run", 2, *SHARDED, f"train.recompute={kind}")
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(sharded)
+
+
 def test_exact_sums_need_whole_gradients(bench: Any) -> None:
     from openelm.errors import ConfigError
 
@@ -230,7 +204,7 @@ def test_exact_sums_need_whole_gradients(bench: Any) -> None:
         bench.config(*EXACT, "train.shard_processes=2")
 
 
-def test_when_a_process_dies_the_others_say_which_and_stop(launch: Launch, tmp_path: Path) -> None:
+def test_when_a_process_dies_the_others_say_which_and_stop(launch: Any, tmp_path: Path) -> None:
     first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.kill()
@@ -241,7 +215,7 @@ def test_when_a_process_dies_the_others_say_which_and_stop(launch: Launch, tmp_p
     assert "Traceback" not in errors
 
 
-def test_when_a_process_hangs_the_others_stop_in_time(launch: Launch, tmp_path: Path) -> None:
+def test_when_a_process_hangs_the_others_stop_in_time(launch: Any, tmp_path: Path) -> None:
     first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000", "train.timeout_seconds=5")
     wait_for_step(tmp_path / "run", 4)
     second.send_signal(signal.SIGSTOP)
