@@ -157,15 +157,16 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[tuple[int, Che
     return None, damage
 
 
-def thin_checkpoints(run: Path, config: CheckpointConfig) -> None:
+def thin_checkpoints(run: Path, config: CheckpointConfig, *, finished: bool) -> None:
     """Remove checkpoints that the config does not keep.
 
     Kept are the newest, the last ones before it that are multiples of `every`, and the multiples of `keep_every`.
-    What a stop saved in between goes with the next checkpoint, so a stop does not change what is averaged.
+    What a stop saved in between stays while there is no other to fall back to, and goes when the run is finished, so
+    that a stop does not change what is averaged.
     """
     *older, newest = checkpoint_steps(run)
-    regular = [step for step in older if step % config.every == 0]
-    kept = {newest, *regular[-(config.keep_last - 1) :]}
+    regular = [step for step in older if step % config.every == 0][-(config.keep_last - 1) :]
+    kept = {newest, *(regular or (older[-1:] if not finished else ()))}
     for step in older:
         if step not in kept and not (config.keep_every and step % config.keep_every == 0):
             remove_folder(checkpoint_folder(run, step))

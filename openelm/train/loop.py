@@ -316,7 +316,7 @@ class _Trainer:
             return
         self._record(saved)
         self._sync()
-        thin_checkpoints(self.run.folder, self.run.config.checkpoints)
+        thin_checkpoints(self.run.folder, self.run.config.checkpoints, finished=saved["step"] == self.config.steps)
 
 
 class _Clock:
