@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.remote import is_url
 from openelm.data.stream import BatchStream
 from openelm.errors import DataError, VerificationError
 from openelm.model.device import choose_device
@@ -151,6 +152,8 @@ def _moved_path(path: str, replacements: Replacements) -> str:
     for old, new in replacements:
         if path.startswith(old):
             return new + path[len(old) :]
+    if is_url(path):  # a stranger does not choose whom this machine talks to, with its user's credentials
+        raise DataError("the run read this address, which is not asked unless you name it", fix=_DATA_FIX, file=path)
     return path
 
 
