@@ -35,6 +35,17 @@ def sha256_file(path: Path) -> str:
         return sha256_stream(file)
 
 
+def read_file(path: Path) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or device, which could go on for ever.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+    return path.read_bytes()
+
+
 def sha256_stream(file: BinaryIO) -> str:
     """Hash what is left of an open file; returns 64 hex digits."""
     digest = hashlib.sha256()
@@ -247,7 +258,7 @@ def verify_folder(folder: Path, *, names: Iterable[str] = ()) -> str:
     """
     manifest = folder / MANIFEST
     try:
-        data = manifest.read_bytes()
+        data = read_file(manifest)
         files = json.loads(data)["files"]
         if manifest_bytes(files) != data:  # a flipped bit, or a name given twice
             raise ValueError

@@ -57,8 +57,11 @@ def verify_run(
     threads = torch.get_num_threads()
     try:
         _verify(folder, findings, level, segments, data, progress)
-    except VerificationError:
-        pass  # it is in the findings
+    except VerificationError as error:  # it is in the findings
+        published, here = (findings.numerics.get(side, {}).get("code") for side in ("published", "here"))
+        if findings.level > 0 and published != here:
+            error.what += "; but the run was made with other code of openelm than this"
+            error.fix = "verify it with the code that made it: run.json has its git_commit"
     finally:
         torch.set_num_threads(threads)
     for missing in range(findings.level + 1, len(LEVELS)):
