@@ -206,7 +206,7 @@ def _add_verify(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="where your copy of the data is: OLD is how its path begins in run.json; may be repeated",
+        help="where your copy of the data is: OLD is how its path begins in run.json or data.json; may be repeated",
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
 

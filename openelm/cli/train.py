@@ -48,7 +48,7 @@ def train_recipe(arguments: argparse.Namespace) -> int:
             run = open_run(folder, config, allow_change=arguments.allow_change)
         processes.wait_for_all()
         if not processes.leads:
-            run = open_run(folder, config, allow_change=arguments.allow_change)
+            run = open_run(folder, config, allow_change=arguments.allow_change, leads=False)
         train_run(run, console, processes)
         if not processes.leads:
             return 0

@@ -55,8 +55,8 @@ def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
 def _source_row(name: str, corpus: dict[str, Any] | None) -> str:
     if corpus is None:
         return f"| {name} | 0 | 0 | none |"
-    shards = [shard for source in corpus["sources"] for shard in source["shards"]]
-    return f"| {name} | {len(shards)} | {sum(shard['bytes'] for shard in shards):,} | `{corpus['sha256'][:16]}…` |"
+    files, size = (sum(source[key] for source in corpus["sources"]) for key in ("files", "bytes"))
+    return f"| {name} | {files:,} | {size:,} | `{corpus['sha256'][:16]}…` |"
 
 
 def _results(path: Path) -> list[str]:

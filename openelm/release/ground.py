@@ -157,7 +157,9 @@ def _moved_path(path: str, replacements: Replacements) -> str:
     return path
 
 
-_DATA_FIX = "give your own copy of the data with --data OLD=NEW, where OLD is how the path begins in run.json"
+_DATA_FIX = (
+    "give your own copy of the data with --data OLD=NEW, where OLD is how its path begins in run.json or data.json"
+)
 
 
 def _found(recorded: Manifest, sources: Sequence[SourceConfig], on_bad_row: Literal["error", "skip"]) -> Manifest:

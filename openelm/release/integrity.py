@@ -23,9 +23,12 @@ from openelm.release.publication import Origin, Publication, Saved, SavedState, 
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
 from openelm.train.checkpoint import STATE, load_checkpoint
+from openelm.train.data_lists import LISTS
 from openelm.train.run import run_model
 
-_READ = frozenset({"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock"})
+_READ = frozenset(
+    {"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock", *LISTS.values()}
+)
 _NOT_READ = {
     "report.html": "made from the ledger",
     "tensorboard": "made from the ledger",

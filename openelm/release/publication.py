@@ -15,9 +15,11 @@ import pydantic
 from pydantic import Field
 
 from openelm.data.manifest import Manifest
+from openelm.data.manifest_file import manifest_of, read_manifest_file
 from openelm.errors import DataError, VerificationError
 from openelm.files import canonical_json, sha256_bytes
 from openelm.train.checkpoint import checkpoint_folder
+from openelm.train.data_lists import LISTS
 from openelm.train.ledger import read_lines, valid_events
 from openelm.train.run import RunConfig
 
@@ -243,27 +245,30 @@ class Publication:
 
     @functools.cached_property
     def data(self) -> Manifest:
-        """The training files as `run.json` lists them.
+        """The training files as `data.json` lists them.
 
         Raises:
-            VerificationError: the list does not have the hash it claims.
+            VerificationError: the list is missing, damaged, or not the one that `run.json` speaks of.
         """
         return self._manifest("data", self.description.data)
 
     @functools.cached_property
     def held_out(self) -> Manifest | None:
-        """The held-out files, likewise."""
+        """The held-out files as `held-out.json` lists them, likewise."""
         recorded = self.description.held_out
         return None if recorded is None else self._manifest("held_out", recorded)
 
-    def _manifest(self, name: str, recorded: Mapping[str, Any]) -> Manifest:
+    def _manifest(self, key: str, recorded: Mapping[str, Any]) -> Manifest:
+        path = self.folder / LISTS[key]
         try:
-            manifest = Manifest.from_json({"sources": recorded.get("sources")})
-            digest = manifest.sha256
-        except (DataError, ValueError, TypeError) as error:
-            raise VerificationError(f"{name} is no manifest: {error}", file=self.folder / "run.json") from None
-        if recorded.get("sha256") != digest:
-            what = f"{name}.sha256 is {recorded.get('sha256')!r}, but its files hash to {digest}"
+            manifest = manifest_of(read_manifest_file(plain(path)))
+        except DataError as error:
+            raise VerificationError(error.what, file=path) from None
+        if recorded.get("sha256") != manifest.sha256:
+            what = f"its files stand for data {manifest.sha256}, but {key}.sha256 is {recorded.get('sha256')!r}"
+            raise VerificationError(what, file=path)
+        if recorded != manifest.summary():
+            what = f"{key} is not the summary of {path.name}"
             raise VerificationError(what, file=self.folder / "run.json")
         return manifest
 

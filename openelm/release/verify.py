@@ -41,7 +41,7 @@ def verify_run(
         level: index in `LEVELS`.
         segments: how many random segments level 3 replays besides the mandatory ones.
         seed: chooses them; drawn by the verifier, so that the publisher cannot know it.
-        data: (beginning of a path in run.json, what it is here).
+        data: (beginning of a path in run.json or data.json, what it is here).
 
     Returns:
         What was checked and what not; `difference` is set if something did not agree, and then nothing after it

@@ -17,7 +17,8 @@ import torch
 from pydantic import Field, model_validator
 
 from openelm.config import Config
-from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest_file import manifest_of, survey_sources, write_manifest_file
 from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
@@ -31,6 +32,7 @@ from openelm.optim.adamw import AdamWConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.checkpoint import CheckpointConfig
+from openelm.train.data_lists import LISTS, Lists, first_difference, read_lists
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -154,20 +156,26 @@ class Run:
         return self.folder / "ledger.jsonl"
 
 
-def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = ()) -> Run:
+def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (), leads: bool = True) -> Run:
     """Create a run folder, or open it again for the same config.
 
     Args:
         allow_change: dotted names that may differ from the folder's `run.json`, such as `train.steps`.
+        leads: whether this process writes the folder; another one has written it otherwise.
 
     Raises:
+        CheckpointError: `run.json` or a list of the data files is damaged.
         ConfigError: the folder belongs to another config; lists what differs.
         DataError: a source or the tokenizer cannot be used.
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    manifest = config.data.open_manifest()
-    held_out = build_manifest(config.held_out) if config.held_out else None
+    stored = _read_stored(folder / "run.json")
+    known = read_lists(folder, stored, allow_change) if stored else {}
+    found = {"data": config.data.open_surveys(known.get("data", ()))}
+    if config.held_out:
+        found["held_out"] = survey_sources(config.held_out, known=known.get("held_out", ()))
+    manifest = manifest_of(found["data"])
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
     precision = config.train.precision
@@ -178,12 +186,20 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         config=config,
         model_config=run_model(config, tokenizer),
         manifest=manifest,
-        held_out=held_out,
+        held_out=manifest_of(found["held_out"]) if config.held_out else None,
         tokenizer=tokenizer,
         device=device,
         precision=precision,
     )
-    _write_or_compare(folder / "run.json", describe_run(run), allow_change)
+    description = describe_run(run)
+    changed = stored is None or _check_changes(stored, description, known, found, allow_change, folder / "run.json")
+    if leads:
+        for key, surveys in found.items():
+            if surveys != known.get(key):
+                write_manifest_file(folder / LISTS[key], surveys)
+        if changed:
+            data = json.dumps(description, indent=2, sort_keys=True, allow_nan=False)
+            write_atomic(folder / "run.json", f"{data}\n".encode())
     return run
 
 
@@ -216,8 +232,8 @@ def describe_run(run: Run) -> dict[str, Any]:
         "parameters": run.model_config.parameters,
         "plan": asdict(plan),
         "uniform_plan": asdict(matched_uniform_plan(plan)),
-        "data": {"sha256": run.manifest.sha256, **run.manifest.to_json()},
-        "held_out": {"sha256": run.held_out.sha256, **run.held_out.to_json()} if run.held_out else None,
+        "data": run.manifest.summary(),
+        "held_out": run.held_out.summary() if run.held_out else None,
         "tokenizer": {"vocab_size": run.tokenizer.vocab_size, "sha256": run.tokenizer.sha256},
         "environment": environment(run.device, run.precision),
         "git_commit": _git_commit(),
@@ -289,33 +305,50 @@ def _git_commit() -> str | None:
         return None
 
 
-def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: Sequence[str]) -> None:
-    data = (json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+def _read_stored(path: Path) -> dict[str, Any] | None:
+    """Read the `run.json` of an earlier start; None: there was none."""
     if not path.exists():
-        write_atomic(path, data)
-        return
+        return None
     try:
-        stored = json.loads(path.read_bytes())
-        before = _comparable(stored)
+        stored: dict[str, Any] = json.loads(path.read_bytes())
+        _comparable(stored)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
-    found = list(_differences(before, _comparable(json.loads(data))))
-    changes = [
+    return stored
+
+
+def _check_changes(
+    stored: Mapping[str, Any],
+    description: Mapping[str, Any],
+    known: Lists,
+    found: Lists,
+    allow_change: Sequence[str],
+    path: Path,
+) -> bool:
+    """Tell whether anything changed since an earlier start; names the file where the data did.
+
+    Raises:
+        ConfigError: what is not allowed to.
+    """
+    changes = list(_differences(_comparable(stored), _comparable(description)))
+    refused = [
         change
-        for change in found
+        for change in changes
         if not any(change[0] == name or change[0].startswith(f"{name}.") for name in allow_change)
     ]
-    if changes:
-        listing = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:8])
+    if refused:
+        listing = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in refused[:8])
+        for key in LISTS:
+            if key in known and key in found and f"{key}_sha256" in {name for name, _, _ in refused}:
+                listing += f"; {first_difference(manifest_of(known[key]), manifest_of(found[key]))}"
         raise ConfigError(
             f"this folder holds a run with other settings ({listing})",
             file=path,
-            fix=f"choose another --out, or allow it with --allow-change {changes[0][0]}",
+            fix=f"choose another --out, or allow it with --allow-change {refused[0][0]}",
         )
-    if found:
-        write_atomic(path, data)
+    return bool(changes)
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,6 +360,7 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
         **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
+        "held_out_sha256": description["held_out"] and description["held_out"]["sha256"],
         "tokenizer_sha256": description["tokenizer"]["sha256"],
     }
 

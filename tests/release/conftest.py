@@ -126,6 +126,15 @@ class Workshop:
         return verify_run(folder, level=level, **{"segments": 0, "seed": 0, **options})
 
 
+def assert_caught(workshop: Any, folder: Path, level: int, *words: str) -> None:
+    """The forgery passes every check below a level, and fails at it with these words."""
+    findings = workshop.verify(folder, level, segments=99)
+    assert (findings.verdict, findings.level) == ("failed", level)
+    message = str(findings.difference)
+    assert findings.difference.exit_code == 7
+    assert all(word in message for word in words), message
+
+
 def read_lines(folder: Path) -> Events:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 

@@ -25,16 +25,7 @@ from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.ledger import number
 from openelm.train.run import open_run
 
-from .conftest import Events, read_lines, rechain, write_corpus, write_lines
-
-
-def assert_caught(workshop: Any, folder: Path, level: int, *words: str) -> None:
-    """The forgery passes every check below a level, and fails at it with these words."""
-    findings = workshop.verify(folder, level, segments=99)
-    assert (findings.verdict, findings.level) == ("failed", level)
-    message = str(findings.difference)
-    assert findings.difference.exit_code == 7
-    assert all(word in message for word in words), message
+from .conftest import Events, assert_caught, read_lines, rechain, write_corpus, write_lines
 
 
 def change(folder: Path, kind: str, step: int, **fields: Any) -> None:

@@ -71,7 +71,9 @@ def test_a_hostile_line_is_a_failed_verification_and_never_a_crash(
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"NaN"])
-@pytest.mark.parametrize("name", ["run.json", "result.json", "checkpoints/step-00000006/state.json"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "data.json", "held-out.json", "result.json", "checkpoints/step-00000006/state.json"]
+)
 def test_a_hostile_file_is_a_failed_verification_and_never_a_crash(
     workshop: Any, forged: Path, name: str, content: bytes
 ) -> None:

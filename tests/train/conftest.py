@@ -67,8 +67,8 @@ class Bench:
     def config(self, *overrides: str) -> RunConfig:
         return RunConfig.parse(self.values(*overrides))
 
-    def open(self, folder: Path, *overrides: str, allow_change: Sequence[str] = ()) -> Run:
-        return open_run(folder, self.config(*overrides), allow_change=allow_change)
+    def open(self, folder: Path, *overrides: str, **options: Any) -> Run:
+        return open_run(folder, self.config(*overrides), **options)
 
     def train(
         self,
