@@ -260,7 +260,7 @@ class Counted:
 
     bos_id, eos_id = 1, 2
 
-    def encode(self, text: str) -> Any:
+    def encode_array(self, text: str) -> Any:
         return np.zeros(int(text), np.int32)
 
 
@@ -296,14 +296,15 @@ def mixture_case(scale: float, rows: int = 2000) -> dict[str, Any]:
     off, longest, sizes, resumed = 0.0, 0, [], True
     for number in range(0, LANES, 256):
         lane, middle = simulated_lane(orders, number), None
+        out = np.empty((2, LENGTH + 1), np.int32)
         for row in range(rows):
-            lane.row()
+            lane.row(*out)
             if row == rows // 2:
                 middle = json.loads(json.dumps(lane.cursor()))
         cursor = lane.cursor()
         again = simulated_lane(orders, number, middle)
         for _ in range(rows - rows // 2 - 1):
-            again.row()
+            again.row(*out)
         resumed &= again.cursor() == cursor
         taken = np.array([place[4] for place in cursor["sources"]])
         longest = max(longest, cursor["longest"])

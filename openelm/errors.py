@@ -72,6 +72,8 @@ class DataError(OpenELMError):
     """A text file, a row or a tokenizer cannot be used as it is."""
 
     code, exit_code = "E_DATA", 3
+    row_sha256: str | None = None
+    """Of the bytes of the row that is bad, where a reader has them."""
 
 
 class CheckpointError(OpenELMError):

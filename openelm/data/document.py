@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
@@ -53,6 +53,9 @@ class ReadOptions:
 
 
 Drops = dict[str, dict[str, int]]  # source -> reason -> documents
+BadRow = dict[str, str | int | None]
+"""A row that was passed over: source, file, line, offset, code, sha256 of its bytes; None for what is not known."""
+_MOST_LISTED = 1000
 
 
 def add_drops(total: Drops, more: Mapping[str, Mapping[str, int]]) -> None:
@@ -61,6 +64,12 @@ def add_drops(total: Drops, more: Mapping[str, Mapping[str, int]]) -> None:
         counts = total.setdefault(source, {})
         for reason, number in reasons.items():
             counts[reason] = counts.get(reason, 0) + number
+
+
+def list_bad_rows(rows: Iterable[BadRow]) -> dict[str, Any]:
+    """Say how many rows were passed over, and which: the first thousand by source, file and place."""
+    ordered = sorted(rows, key=lambda row: (row["source"], row["file"], row["line"] or 0, row["offset"] or 0))
+    return {"count": len(ordered), "rows": ordered[:_MOST_LISTED]}
 
 
 def decode_text(data: bytes, path: DataPath, *, line: int | None, offset: int) -> str | DataError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_PREFIX_CHARACTERS = 16
+_PREFIX_CHARACTERS = 2
 
 
 def normalize(text: str) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from openelm.data.document import Document, Drops, add_drops
+from openelm.data.document import BadRow, Document, Drops, add_drops
 from openelm.data.exclude import Exclusions
 from openelm.data.filters import token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
-from openelm.data.reading import SourceReader, reason_to_drop
+from openelm.data.reading import SourceReader, describe_bad_row, reason_to_drop
 from openelm.errors import DataError
 from openelm.text.tokenizer import Tokenizer
 
@@ -53,14 +53,17 @@ class Lane:
         cursor: Mapping[str, Any] | None = None,
     ) -> None:
         self._number, self._sources, self._tokenizer, self._settings = number, sources, tokenizer, settings
-        self._length = settings.length
+        assert tokenizer.bos_id is not None and tokenizer.eos_id is not None  # BatchStream refuses such tokenizers
+        self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
         self._longest = 0  # tokens of the longest document so far; decides the mixture
         self._offset = 0  # of the next row's first token in the current document
         self._drops: Drops = {}
+        self._bad_rows: list[BadRow] = []
         self._document: Tokens | None = None
+        self._index = 0  # of the source it is from
         if cursor is not None:
             self._restore(cursor)
 
@@ -71,38 +74,36 @@ class Lane:
         places = [[*place.numbers(), taken] for place, taken in pairs]
         return {"sources": places, "offset": self._offset, "longest": self._longest, "dropped": drops}
 
-    def row(self) -> tuple[Tokens, Tokens]:
-        """Return the next row: tokens (length + 1,) and, for each, the index of its document within the row.
+    def take_bad_rows(self) -> list[BadRow]:
+        """Return the rows that were passed over since the last call because they are bad."""
+        taken, self._bad_rows = self._bad_rows, []
+        return taken
+
+    def row(self, tokens: Tokens, documents: Tokens) -> None:
+        """Fill in the next row: tokens (length + 1,) and, for each, the index of its document within the row.
 
         Raises:
             DataError: a bad row under the policy "error", a damaged or changed file, or no usable document.
         """
-        tokens = np.empty(self._length + 1, np.int32)
-        documents = np.empty(self._length + 1, np.int32)
         filled = index = 0
         while True:
-            current = self._current()
-            piece = current[self._offset : self._offset + self._length + 1 - filled]
-            tokens[filled : filled + len(piece)] = piece
-            documents[filled : filled + len(piece)] = index
-            filled += len(piece)
+            current = self._document if self._document is not None else self._next_document()
+            piece = current[self._offset : self._offset + len(tokens) - filled]
+            end = filled + len(piece)
+            tokens[filled:end], documents[filled:end] = piece, index
             self._offset += len(piece)
-            if filled > self._length:
+            if end == len(tokens):
                 self._offset -= 1
-                return tokens, documents
+                return
             self._advance(len(current))
-            index += 1
+            filled, index = end, index + 1
 
-    def _current(self) -> Tokens:
-        """Return the current document's tokens, passing over documents that are dropped."""
+    def _next_document(self) -> Tokens:
+        """Find and return the document at the lane's place, passing over documents that are dropped."""
         for dropped in range(DROPS_IN_A_ROW):
-            if self._document is not None:
-                return self._document
-            index = self._choose()
-            reader = self._sources[index]
-            if dropped > 64 * reader.source.rows:
-                break
-            row, position = reader.row(self._positions[index])
+            self._index = choose_source(self._taken_tokens, self._weights, self._number, self._longest)
+            reader = self._sources[self._index]
+            row, position = reader.row(self._positions[self._index])
             reason = reason_to_drop(row, self._settings.on_bad_row, self._settings.min_characters)
             if reason is None:
                 assert isinstance(row, Document)
@@ -110,31 +111,31 @@ class Lane:
             if reason is None:
                 assert isinstance(row, Document)
                 self._document, reason = self._tokenize(row)
-            self._positions[index] = position
-            if reason is not None:
-                add_drops(self._drops, {reader.source.name: {reason: 1}})
-                self._positions[index] = after(position)
-        raise nothing_usable(dropped, self._number, self._drops)
-
-    def _choose(self) -> int:
-        return choose_source(self._taken_tokens, self._weights, self._number, self._longest)
+            if reason is None:
+                assert self._document is not None
+                self._positions[self._index] = position
+                return self._document
+            add_drops(self._drops, {reader.source.name: {reason: 1}})
+            if isinstance(row, DataError):
+                self._bad_rows.append(describe_bad_row(reader.source, row))
+            self._positions[self._index] = after(position)
+            if dropped >= 64 * reader.source.rows:
+                break
+        raise nothing_usable(dropped + 1, self._number, self._drops)
 
     def _tokenize(self, document: Document) -> tuple[Tokens | None, str | None]:
-        ids = self._tokenizer.encode(document.text)
-        bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
-        assert bos_id is not None and eos_id is not None  # BatchStream refuses such tokenizers
+        ids = self._tokenizer.encode_array(document.text)
         reason = token_filter(len(ids) + 2, self._settings.min_tokens)
         if reason is not None:
             return None, reason
         tokens = np.empty(len(ids) + 2, np.int32)
-        tokens[0], tokens[1:-1], tokens[-1] = bos_id, ids, eos_id
+        tokens[0], tokens[1:-1], tokens[-1] = self._bos_id, ids, self._eos_id
         return tokens, None
 
     def _advance(self, length_tokens: int) -> None:
-        index = self._choose()
-        self._taken_tokens[index] += length_tokens
+        self._taken_tokens[self._index] += length_tokens
         self._longest = max(self._longest, length_tokens)
-        self._positions[index] = after(self._positions[index])
+        self._positions[self._index] = after(self._positions[self._index])
         self._offset, self._document = 0, None
 
     def _restore(self, cursor: Mapping[str, Any]) -> None:
@@ -150,7 +151,7 @@ class Lane:
         numbers = [value for place in places for value in place]
         if len(places) != len(self._sources) or min([*numbers, self._offset, self._longest]) < 0:
             raise bad_cursor(self._number)
-        if self._offset and self._offset >= len(self._current()):
+        if self._offset and self._offset >= len(self._next_document()):
             raise bad_cursor(self._number)
 
 

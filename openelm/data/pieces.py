@@ -7,15 +7,13 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
-from openelm.data.document import Document, Drops, add_drops
+from openelm.data.document import BadRow, Document, Drops, add_drops
 from openelm.data.filters import character_filter, token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
 from openelm.data.packing import DROPS_IN_A_ROW, RowSettings, Tokens, after, bad_cursor, nothing_usable
-from openelm.data.reading import SourceReader, reason_to_drop
-from openelm.errors import ConfigError
+from openelm.data.reading import SourceReader, describe_bad_row, reason_to_drop
+from openelm.errors import ConfigError, DataError
 from openelm.text.tokenizer import Tokenizer
 
 PIECE_WORDS = 2048
@@ -47,12 +45,15 @@ class PieceLane:
         cursor: Mapping[str, Any] | None = None,
     ) -> None:
         self._number, self._sources, self._tokenizer, self._settings = number, sources, tokenizer, settings
+        assert tokenizer.bos_id is not None and tokenizer.eos_id is not None  # BatchStream refuses such tokenizers
+        self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
         self._length, self._mend = settings.length, text_mender()
         self._weights = [reader.source.weight for reader in sources]
         self._positions = [Position() for _ in sources]
         self._taken_tokens = [0 for _ in sources]
         self._starts = [0 for _ in sources]  # the character where the next piece of each source's document begins
         self._drops: Drops = {}
+        self._bad_rows: list[BadRow] = []
         if cursor is not None:
             self._restore(cursor)
 
@@ -62,8 +63,13 @@ class PieceLane:
         triples = zip(self._positions, self._taken_tokens, self._starts, strict=True)
         return {"sources": [[*place.numbers(), taken, start] for place, taken, start in triples], "dropped": drops}
 
-    def row(self) -> tuple[Tokens, Tokens]:
-        """Return the next row: tokens (length + 1,), and for each 0, or -1 where it is padding.
+    def take_bad_rows(self) -> list[BadRow]:
+        """Return the rows that were passed over since the last call because they are bad."""
+        taken, self._bad_rows = self._bad_rows, []
+        return taken
+
+    def row(self, tokens: Tokens, documents: Tokens) -> None:
+        """Fill in the next row: tokens (length + 1,), and for each 0, or -1 where it is padding.
 
         Raises:
             DataError: a bad row under the policy "error", a damaged or changed file, or no usable piece.
@@ -79,11 +85,11 @@ class PieceLane:
             if reason is None and self._settings.excluded:
                 assert isinstance(row, Document)
                 reason = self._settings.excluded.reason(row)
-            tokens: Sequence[int] = ()
+            ids: Sequence[int] = ()
             if reason is None:
                 assert isinstance(row, Document)
                 start, end = self._starts[index], _piece_end(row.text, self._starts[index])
-                tokens, reason = self._tokenize(row.text[start:end])
+                ids, reason = self._tokenize(row.text[start:end])
                 self._starts[index] = end + 1
                 over = end == len(row.text)
             else:
@@ -92,9 +98,14 @@ class PieceLane:
                 self._positions[index], self._starts[index] = after(self._positions[index]), 0
                 finished += 1
             if reason is None:
-                self._taken_tokens[index] += len(tokens)
-                return self._padded(tokens)
+                self._taken_tokens[index] += len(ids)
+                # Padding is never a target, and causality hides it from what is: any id will do, and EOS always exists.
+                tokens[: len(ids)], tokens[len(ids) :] = ids, self._eos_id
+                documents[: len(ids)], documents[len(ids) :] = 0, PADDING
+                return
             add_drops(self._drops, {reader.source.name: {reason: 1}})
+            if isinstance(row, DataError):
+                self._bad_rows.append(describe_bad_row(reader.source, row))
             dropped += 1
         raise nothing_usable(dropped, self._number, self._drops)
 
@@ -102,18 +113,9 @@ class PieceLane:
         reason = character_filter(piece, self._settings.min_characters)
         if reason is not None:
             return (), reason
-        bos_id, eos_id = self._tokenizer.bos_id, self._tokenizer.eos_id
-        assert bos_id is not None and eos_id is not None  # BatchStream refuses such tokenizers
-        ids = [bos_id, *self._tokenizer.encode(self._mend(piece)), eos_id]
+        ids = [self._bos_id, *self._tokenizer.encode(self._mend(piece)), self._eos_id]
         reason = token_filter(len(ids), self._settings.min_tokens)
         return ids[: self._length + 1], reason
-
-    def _padded(self, ids: Sequence[int]) -> tuple[Tokens, Tokens]:
-        # Padding is never a target, and causality hides it from what is: any id will do, and EOS always exists.
-        tokens = np.full(self._length + 1, self._tokenizer.eos_id, np.int32)
-        documents = np.full(self._length + 1, PADDING, np.int32)
-        tokens[: len(ids)], documents[: len(ids)] = ids, 0
-        return tokens, documents
 
     def _restore(self, cursor: Mapping[str, Any]) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
-from openelm.data.document import Block, Document, Drops, add_drops
+from openelm.data.document import BadRow, Block, Document, Drops, add_drops
 from openelm.data.filters import character_filter
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, Shard, Source, SourceConfig, build_manifest, unreadable
@@ -54,6 +54,14 @@ def reason_to_drop(row: Document | DataError, on_bad_row: str, min_characters: i
             raise row
         return row.code
     return character_filter(row.text, min_characters)
+
+
+def describe_bad_row(source: Source, error: DataError) -> BadRow:
+    """Say which row was passed over, so that it is found again wherever the data lie."""
+    path = str(error.file)
+    name = next((shard.name for shard in source.shards if shard.path == path), path)
+    place = {"source": source.name, "file": name, "line": error.line, "offset": error.offset}
+    return {**place, "code": error.code, "sha256": error.row_sha256}
 
 
 def read_block(source: Source, shard: Shard, block: Block, first: int = 0) -> Iterator[Document | DataError]:

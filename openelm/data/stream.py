@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from openelm.config import Config
-from openelm.data.document import Drops, add_drops
+from openelm.data.document import BadRow, Drops, add_drops
 from openelm.data.exclude import load_exclusions
 from openelm.data.manifest import Manifest, SourceConfig
 from openelm.data.manifest_file import Survey, load_surveys, manifest_of, survey_sources
@@ -99,7 +99,8 @@ class Batch:
         targets: int64 (rows, length), the next token, or -100 where that is another document's first or padding.
         documents: int32 (rows, length), the index of each input's document within its row.
         target_bytes: UTF-8 bytes of text that the targets stand for.
-        row_sha256: uint8 (rows, 32), the hash of each row's little-endian inputs, then targets.
+        row_sha256: uint8 (rows, 32), the hash of each row's inputs, then targets, as little-endian int32.
+        bad_rows: rows of the data that were passed over to fill these, in no order.
     """
 
     inputs: npt.NDArray[np.int64]
@@ -107,6 +108,7 @@ class Batch:
     documents: npt.NDArray[np.int32]
     target_bytes: int
     row_sha256: npt.NDArray[np.uint8]
+    bad_rows: tuple[BadRow, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -175,7 +177,8 @@ class BatchStream:
             self._fingerprint["exclude_documents"] = excluded.sha256
         self._step, self._cursors = _restore(cursors, self._fingerprint, config.lanes)
         self._rows, self._lanes, self._part = rows, config.lanes, part
-        self._byte_lengths = tokenizer.byte_lengths().astype(np.int64)
+        # Zeros at the end, where the index -100 of a target that is ignored falls.
+        self._byte_lengths = np.append(tokenizer.byte_lengths(), np.zeros(-IGNORED_TARGET, np.int32))
         job = Job(
             manifest, str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
@@ -214,15 +217,19 @@ class BatchStream:
             self.close()
             raise
         first = self._step * self._rows
-        rows = [(zip(part.tokens, part.documents, strict=True)) for part in parts]
         places = range(first, first + self._rows)[self._part[0] :: self._part[1]]
-        taken = [next(rows[self._owners[place % self._lanes]]) for place in places]
+        tokens, documents = parts[0].tokens, parts[0].documents
+        if len(parts) > 1:
+            owners = np.array([self._owners[place % self._lanes] for place in places])
+            tokens, documents = np.empty((2, len(places), tokens.shape[1]), np.int32)
+            for worker, part in enumerate(parts):
+                tokens[owners == worker], documents[owners == worker] = part.tokens, part.documents
         for part in parts:
             for lane, cursor in part.cursors.items():
                 self._cursors[lane] = cursor
         self._step += 1
-        tokens = np.stack([tokens for tokens, _ in taken])
-        return _batch(tokens, np.stack([documents for _, documents in taken]), self._byte_lengths)
+        bad_rows = tuple(row for part in parts for row in part.bad_rows)
+        return _batch(tokens, documents, self._byte_lengths, bad_rows)
 
     def cursors(self) -> list[dict[str, Any]]:
         """Return the state after the last batch returned, as plain data: a fingerprint, then each lane."""
@@ -294,16 +301,18 @@ def _restore(
 
 
 def _batch(
-    tokens: npt.NDArray[np.int32], documents: npt.NDArray[np.int32], byte_lengths: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32],
+    documents: npt.NDArray[np.int32],
+    byte_lengths: npt.NDArray[np.int32],
+    bad_rows: tuple[BadRow, ...],
 ) -> Batch:
-    inputs = tokens[:, :-1].astype("<i8")
     same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)  # below 0: padding
-    targets = np.where(same, tokens[:, 1:], IGNORED_TARGET).astype("<i8")
-    pairs = zip(inputs, targets, strict=True)
-    digests = bytearray().join(hashlib.sha256(row.tobytes() + answers.tobytes()).digest() for row, answers in pairs)
-    row_sha256 = np.frombuffer(digests, np.uint8).reshape(len(inputs), 32)
-    target_bytes = int(byte_lengths[targets[same]].sum())
-    return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256)
+    rows = np.stack([tokens[:, :-1], np.where(same, tokens[:, 1:], IGNORED_TARGET)], axis=1).astype("<i4", copy=False)
+    digests = bytearray().join([hashlib.sha256(row).digest() for row in rows])
+    inputs, targets = rows.transpose(1, 0, 2).astype(np.int64, order="C")
+    target_bytes = int(byte_lengths[rows[:, 1]].sum(dtype=np.int64))
+    row_sha256 = np.frombuffer(digests, np.uint8).reshape(len(rows), 32)
+    return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256, bad_rows)
 
 
 class _WorkerProcess:

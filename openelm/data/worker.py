@@ -10,6 +10,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from openelm.data.document import BadRow
 from openelm.data.exclude import Exclusions
 from openelm.data.lanes import DocumentOrder
 from openelm.data.manifest import Manifest
@@ -42,11 +45,18 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One process's rows of a step, in row order, and the cursors of their lanes after it."""
+    """One process's rows of a step, in row order.
 
-    tokens: Sequence[Tokens]
-    documents: Sequence[Tokens]
+    Args:
+        tokens, documents: (rows, length + 1), as `Lane.row` fills them in.
+        cursors: of their lanes, after the step.
+        bad_rows: what was passed over to fill them.
+    """
+
+    tokens: Tokens
+    documents: Tokens
     cursors: dict[int, dict[str, Any]]
+    bad_rows: tuple[BadRow, ...]
 
 
 class LaneGroup:
@@ -74,10 +84,13 @@ class LaneGroup:
         first = self._step * self._job.rows
         owners = [place % self._job.lanes for place in range(first, first + self._job.rows)]
         mine = [lane for lane in owners if lane in self._lanes]
-        rows = [self._lanes[lane].row() for lane in mine]
+        tokens, documents = np.empty((2, len(mine), self._job.length + 1), np.int32)
+        for row, lane in enumerate(mine):
+            self._lanes[lane].row(tokens[row], documents[row])
         self._step += 1
         cursors = {lane: self._lanes[lane].cursor() for lane in set(mine)}
-        return Part([tokens for tokens, _ in rows], [documents for _, documents in rows], cursors)
+        bad_rows = tuple(row for lane in cursors for row in self._lanes[lane].take_bad_rows())
+        return Part(tokens, documents, cursors, bad_rows)
 
 
 def main(descriptor: int) -> None:

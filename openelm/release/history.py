@@ -9,6 +9,7 @@ _AFTER: dict[str | None, frozenset[str]] = {
     None: frozenset({"start"}),
     **dict.fromkeys(("finish", "stop", "nonfinite", "damage"), frozenset({"rewind", "damage"})),
     **dict.fromkeys(("skip", "spike"), frozenset({"step", "rewind", "damage"})),
+    "bad_rows": frozenset({"step", "skip", "spike", "nonfinite", "rewind", "damage"}),
     "rewind": frozenset({"rewind", "damage", "start", "resume"}),
 }
 """The known kinds that may follow a line of a kind; for kinds that are not listed: anything but a start."""
@@ -49,7 +50,7 @@ class _Walk:
             case "step":
                 self._expect(line.step == self._step + 1, f"step {line.step} follows step {self._step}")
                 self._step = line.step
-            case "skip" | "spike" | "nonfinite":
+            case "skip" | "spike" | "nonfinite" | "bad_rows":
                 self._expect(line.step == self._step + 1, f"{line.event} at step {line.step} after step {self._step}")
             case "rewind":
                 self._rewind(line)

@@ -13,13 +13,13 @@ from torch import Tensor
 from openelm.errors import VerificationError
 from openelm.files import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
-from openelm.model.folder import WEIGHTS, load_model, weights_sha256
+from openelm.model.folder import ORIGIN, WEIGHTS, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
-from openelm.release.card import averaged_steps
+from openelm.release.card import contradicts
 from openelm.release.findings import Findings
 from openelm.release.history import check_history
-from openelm.release.publication import Publication, Saved, SavedState, parse, plain, read_json
+from openelm.release.publication import Origin, Publication, Saved, SavedState, parse, plain, read_json
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
 from openelm.train.checkpoint import STATE, load_checkpoint
@@ -54,6 +54,7 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
         findings.run("published model", lambda: _model(publication, tokenizers[0], findings))
     else:
         findings.skip("published model", "the run has no model folder")
+        _last_line(publication, None, findings)
     if (publication.folder / "result.json").exists():
         findings.run("result.json", lambda: _result(publication, findings))
     findings.skip("speeds, times and MFU", "they are claims about a machine, not about the model")
@@ -222,36 +223,37 @@ def _unrecorded(publication: Publication, step: int, manifest: str, state: Saved
 
 def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
     folder = plain(publication.folder / "model")
-    verify_folder(folder, names=("config.json", WEIGHTS))
+    verify_folder(folder, names=("config.json", WEIGHTS, ORIGIN))
     _name_extras(folder, findings)
     model = load_model(folder)
     found = _plain(model.config.model_dump(mode="json"))
     expect("config.json", _plain(publication.description.model), found, folder / "config.json")
     expect("tokenizer", tokenizer.sha256, load_tokenizer(folder).sha256, folder)
-    weights, card = model.state_dict(), folder / "README.md"
-    steps = averaged_steps(plain(card).read_text("utf-8", errors="replace")) if card.is_file() else None
-    if steps is None:
-        return _some_mean(publication, weights)
+    origin = parse(Origin, read_json(folder / ORIGIN), folder / ORIGIN)
+    _last_line(publication, origin.ledger_head, findings)
+    steps = origin.averaged_steps
     if unknown := [step for step in steps if step not in publication.saved and step not in publication.checkpoints]:
-        raise VerificationError(f"the card names step {unknown[0]}, which has no checkpoint", file=card)
+        raise VerificationError(f"step {unknown[0]} has no checkpoint", file=folder / ORIGIN)
+    listing, card = ", ".join(map(str, steps)), folder / "README.md"
+    if card.is_file() and contradicts(plain(card).read_text("utf-8", errors="replace"), steps):
+        raise VerificationError(f"the card does not say that steps {listing} were averaged", file=card)
     if gone := [step for step in steps if step not in publication.checkpoints]:
-        findings.skip("published weights", f"the card says they are a mean, and step {gone[0]} is not there any more")
+        findings.skip("published weights", f"they are said to be a mean, and step {gone[0]} is not there any more")
         findings.weaken("published weights not compared")
         return "whole; its weights were not compared"
-    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), weights, folder / WEIGHTS)
-    return f"bitwise the mean of the checkpoints of steps {', '.join(map(str, steps))}, as its card says"
+    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / WEIGHTS)
+    return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
 
 
-def _some_mean(publication: Publication, weights: Mapping[str, Tensor]) -> str:
-    digest = weights_sha256(weights)
-    for first in range(len(publication.checkpoints) - 1, -1, -1):
-        steps = publication.checkpoints[first:]
-        if weights_sha256(mean_of_checkpoints(publication.folder, steps)) == digest:
-            return f"bitwise the mean of the last {len(steps)} checkpoints; no card says so"
-    raise VerificationError(
-        "the published weights are not the mean of the last checkpoints, however many",
-        file=publication.folder / "model" / WEIGHTS,
-    )
+def _last_line(publication: Publication, head: str | None, findings: Findings) -> None:
+    """Find the line that was the ledger's last one when the model was averaged; the chain covers the lines before."""
+    if head is not None and head not in publication.hashes:
+        raise VerificationError(
+            "its last lines were changed or removed: none has the hash that the published model holds",
+            file=publication.ledger,
+        )
+    if head != publication.hashes[-1]:
+        findings.skip("the last line of the ledger", "nothing that was published later holds its hash")
 
 
 def compare_tensors(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -69,6 +70,13 @@ class Objection(Line):
     batch_sha256: Hash
 
 
+class BadRows(Line):
+    """Rows of the data that were passed over for an update; written before what else is said of it."""
+
+    count: Count
+    rows: tuple[dict[str, Any], ...]
+
+
 class Evaluation(Line):
     bits_per_byte: Hex
     documents: Count
@@ -109,6 +117,7 @@ class Finish(Line):
 KINDS: dict[str, type[Line]] = {
     "step": Step,
     **dict.fromkeys(("skip", "spike", "nonfinite"), Objection),
+    "bad_rows": BadRows,
     "evaluation": Evaluation,
     "sample": Sample,
     "checkpoint": Saved,
@@ -151,6 +160,19 @@ class SavedState(Strict):
     parts: Annotated[int, Field(ge=1)] = 1
 
 
+def _increasing(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if not steps or any(late <= early for early, late in itertools.pairwise(steps)):
+        raise ValueError("not steps in increasing order")
+    return steps
+
+
+class Origin(Strict):
+    """`origin.json` of the published model."""
+
+    averaged_steps: Annotated[tuple[Count, ...], pydantic.AfterValidator(_increasing)]
+    ledger_head: Hash
+
+
 @dataclass(frozen=True)
 class Publication:
     """A run folder whose `run.json` and ledger were read; `valid` is the ledger without what a rewind made void."""
@@ -173,10 +195,10 @@ class Publication:
 
     @functools.cached_property
     def updates(self) -> dict[int, list[Line]]:
-        """What the ledger says about each update: objections, then the step unless the run ended there."""
+        """What the ledger says about each update: bad rows, objections, and the step unless the run ended there."""
         found: dict[int, list[Line]] = {}
         for line in self.valid:
-            if isinstance(line, Step | Objection):
+            if isinstance(line, Step | Objection | BadRows):
                 found.setdefault(line.step, []).append(line)
         return found
 
@@ -197,7 +219,7 @@ class Publication:
         current = None
         for line in self.valid:
             current = line if isinstance(line, Start) else current
-            if isinstance(line, Step | Objection) and current is not None:
+            if isinstance(line, Step | Objection | BadRows) and current is not None:
                 found[line.step] = current
         return found
 
@@ -261,7 +283,7 @@ def read_publication(folder: Path) -> Publication:
     description = parse(Description, read_json(folder / "run.json"), folder / "run.json")
     config = RunConfig.parse(description.config, file=folder / "run.json")
     ledger = plain(folder / "ledger.jsonl")
-    raw = read_lines(ledger)
+    raw = list(read_lines(ledger))
     lines = [_line(event, ledger, number) for number, (event, _) in enumerate(raw, start=1)]
     kept = {id(event) for event in valid_events([event for event, _ in raw])}
     return Publication(
@@ -297,13 +319,15 @@ def parse(kind: type[PartType], value: object, path: Path, line: int | None = No
 
 
 def plain(path: Path) -> Path:
-    """Return a path of the publication unless it is a link, which could lead anywhere on the reader's disk.
+    """Return a path of the publication unless it is a link, which could lead anywhere, or a device or pipe.
 
     Raises:
         VerificationError: it is one.
     """
     if path.is_symlink():
         raise VerificationError("a link, where a publication has files and folders of its own", file=path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise VerificationError("neither a file nor a folder", file=path)
     return path
 
 

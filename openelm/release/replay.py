@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openelm.data.document import list_bad_rows
 from openelm.data.reading import read_documents
 from openelm.errors import VerificationError
 from openelm.model.folder import weights_sha256
@@ -17,7 +18,7 @@ from openelm.release.findings import Findings, Progress
 from openelm.release.ground import WEIGHTS_TOLERANCE, Ground, compare_numbers, use_threads
 from openelm.release.integrity import compare_tensors
 from openelm.release.probes import sampler
-from openelm.release.publication import Evaluation, Finish, Line, Objection, Publication, Sample, Step
+from openelm.release.publication import BadRows, Evaluation, Finish, Line, Objection, Publication, Sample, Step
 from openelm.release.rescore import compare_score, is_tolerant
 from openelm.release.segments import Segment
 from openelm.text.tokenizer import train_tokenizer
@@ -45,7 +46,12 @@ def check_batches(publication: Publication, ground: Ground, progress: Progress) 
                 "target_tokens": int((batch.targets != -100).sum()),
                 "target_bytes": batch.target_bytes,
             }
+            listed = [line.raw for line in publication.updates[update] if isinstance(line, BadRows)]
+            found = [list_bad_rows(batch.bad_rows)] if batch.bad_rows else []
+            _same(f"step {update}: rows passed over", [_listing(line) for line in listed], found, publication.ledger)
             for line in publication.updates[update]:
+                if isinstance(line, BadRows):
+                    continue
                 names = derived if isinstance(line, Step) else ("batch_sha256",)
                 for name in names:
                     _same(f"step {update}: {name}", line.raw[name], derived[name], publication.ledger)
@@ -56,6 +62,10 @@ def check_batches(publication: Publication, ground: Ground, progress: Progress) 
             if isinstance(line, Finish) and line.dropped and line.step == last:
                 _same("dropped documents", line.dropped, stream.counts(), publication.ledger)
     return f"the batches of {last:,} steps and the cursors of {len(publication.checkpoints)} checkpoints"
+
+
+def _listing(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {"count": line["count"], "rows": line["rows"]}
 
 
 def _same(what: str, recorded: object, derived: object, file: Path) -> None:

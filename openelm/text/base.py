@@ -111,6 +111,18 @@ class Tokenizer(ABC):
         """
         return self.encode_many([text])[0]
 
+    def encode_array(self, text: str) -> NDArray[np.int32]:
+        """Encode one text as `encode` does, to (ids,) int32; the loader's way, for ids become no Python numbers.
+
+        Raises:
+            DataError: (E_TEXT) as `encode`.
+        """
+        parts = self._parts(text, 0)
+        return self._encode_part_array(parts[0]) if len(parts) == 1 else np.array(self.encode(text), np.int32)
+
+    def _encode_part_array(self, part: str) -> NDArray[np.int32]:
+        return np.array(self._encode_parts([part])[0], np.int32)
+
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts in one call of the library; equal to `[encode(text) for text in texts]`.
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
-from openelm.files import publish_folder, remove_folder, remove_leftovers, sync_file, verify_folder, write_atomic
+from openelm.files import (
+    publish_folder,
+    read_file,
+    remove_folder,
+    remove_leftovers,
+    sync_file,
+    verify_folder,
+    write_atomic,
+)
 from openelm.model.folder import read_tensors, write_tensors
 from openelm.model.parts import own_part, parts
 from openelm.train.distributed import ALONE, Processes
@@ -130,7 +138,7 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     """
     folder = checkpoint_folder(run, step)
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = json.loads(read_file(folder / STATE))
         count = int(state.get("parts", 1))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise CheckpointError("missing or damaged", file=folder / STATE) from None

@@ -52,7 +52,7 @@ class ProgressDisplay:
         elif kind == "sample":
             text = "".join(c if c == "\n" or c.isprintable() else printable(c) for c in event["prompt"] + event["text"])
             self._say(f"step {event['step']}: a sample", *(f"  {line}" for line in text.strip().splitlines()[:6]))
-        elif kind in ("resume", "skip", "spike", "damage", "nonfinite"):
+        elif kind in ("resume", "skip", "spike", "damage", "nonfinite", "bad_rows"):
             self._say(f"step {event['step']}: {_NOTICES[kind].format(**{'reason': '', **event})}")
 
     def _show_step(self) -> None:
@@ -110,6 +110,7 @@ class ProgressDisplay:
 _NOTICES = {
     "resume": "going on from the checkpoint of this step",
     "skip": "update skipped ({reason}); loss and gradient are in the ledger",
+    "bad_rows": "{count} bad rows of the data were passed over; the ledger lists them",
     "spike": "the loss is far above the recent ones; the update was kept",
     "nonfinite": "the loss or gradient is not finite",
     "damage": "a newer checkpoint is damaged and was passed over: {reason}",

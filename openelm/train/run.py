@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from openelm.data.manifest_file import manifest_of, survey_sources, write_manife
 from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
-from openelm.files import make_folder, publish_folder, write_atomic
+from openelm.files import canonical_json, make_folder, publish_folder, sha256_bytes, sha256_file, write_atomic
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
@@ -243,6 +244,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
     """Name what the numbers of a run may depend on."""
     return {
         "openelm": _version("openelm-framework"),
+        "code": code_sha256(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -256,6 +258,18 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
             if name in os.environ
         },
     }
+
+
+_PACKAGE = Path(__file__).parents[1]
+_DECIDING = ("config.py", *(f"{room}/**/*.py" for room in ("data", "kernels", "model", "optim", "text", "train")))
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Hash the code that decides what a run computes, with or without a checkout."""
+    files = [file for pattern in _DECIDING for file in _PACKAGE.glob(pattern)]
+    listing = {file.relative_to(_PACKAGE).as_posix(): sha256_file(file) for file in files}
+    return sha256_bytes(canonical_json(listing))
 
 
 def _version(package: str) -> str:
@@ -278,11 +292,10 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     """Return the commit of the code, with `+` when its working tree differs; None outside a checkout."""
-    here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ("git", "-C", here, *arguments), capture_output=True, text=True, check=True
+            ("git", "-C", _PACKAGE, *arguments), capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -340,7 +353,7 @@ def _check_changes(
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what must not change between the starts of one run, under the names a recipe uses."""
     environment = {
-        key: description["environment"].get(key) for key in ("openelm", "torch", "precision", "cpu_capability")
+        key: description["environment"].get(key) for key in ("openelm", "code", "torch", "precision", "cpu_capability")
     }
     return {
         **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default

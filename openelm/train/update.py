@@ -7,12 +7,14 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openelm.data.document import BadRow, list_bad_rows
 from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError, VerificationError
 from openelm.model.parts import fill
@@ -68,6 +70,7 @@ class Totals:
     targets: int
     target_bytes: int
     sha256: str
+    bad_rows: list[BadRow]
 
 
 class Updater:
@@ -144,6 +147,8 @@ class Updater:
             self.state.recent_losses.append(nll)
         seen = {"step": self.state.step, "loss": nll.hex(), "gradient_norm": norm.hex(), "batch_sha256": totals.sha256}
         events: list[Event] = []
+        if totals.bad_rows:
+            events.append({"event": "bad_rows", "step": self.state.step, **list_bad_rows(totals.bad_rows)})
         if reason is not None:
             events.append({"event": "skip" if skipped else reason, "reason": reason, **seen})
         if (error := self._failure(reason, skipped, nll, norm)) is not None:
@@ -160,11 +165,12 @@ class Updater:
     def _totals(self, batch: Batch) -> Totals:
         targets = int((batch.targets != -100).sum())
         digests = torch.from_numpy(batch.row_sha256.view("<i8").reshape(-1))
-        counts = torch.tensor([batch.inputs.size, targets, batch.target_bytes])
+        counts = torch.tensor([batch.inputs.size, targets, batch.target_bytes, len(batch.bad_rows)])
         everywhere = self.processes.gather(torch.cat([counts, digests]))
-        tokens, targets, target_bytes = everywhere[:, :3].sum(0).tolist()
-        rows = everywhere[:, 3:].reshape(self.processes.count, -1, 4).transpose(0, 1)  # row r is with r % count
-        return Totals(tokens, targets, target_bytes, batch_sha256(rows.contiguous().numpy()))
+        tokens, targets, target_bytes, bad = everywhere[:, :4].sum(0).tolist()
+        rows = everywhere[:, 4:].reshape(self.processes.count, -1, 4).transpose(0, 1)  # row r is with r % count
+        bad_rows = chain.from_iterable(self.processes.gather_json(batch.bad_rows)) if bad else ()
+        return Totals(tokens, targets, target_bytes, batch_sha256(rows.contiguous().numpy()), list(bad_rows))
 
     def _accumulate(self, batch: Batch, targets: int) -> tuple[float, float]:
         """Add up the gradients of the mean loss over all targets of the batch; returns (mean loss, mean nats)."""

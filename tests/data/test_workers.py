@@ -96,7 +96,7 @@ def test_another_tokenizer_under_the_same_path_is_refused(
 
 def test_a_bug_in_a_worker_arrives_with_its_traceback(open_stream, write_jsonl, texts, monkeypatch):
     monkeypatch.setattr(stream_module, "Job", lambda *values: Job(*values[:6], "length", *values[7:]))
-    with open_stream(write_jsonl(texts), workers=1) as stream, pytest.raises(RuntimeError, match="in row"):
+    with open_stream(write_jsonl(texts), workers=1) as stream, pytest.raises(RuntimeError, match="in next_part"):
         next(stream)
 
 

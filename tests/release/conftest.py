@@ -145,7 +145,7 @@ def write_lines(folder: Path, events: Events) -> None:
 
 
 def rechain(folder: Path, edit: Callable[[Events], Events] = lambda events: events) -> None:
-    """Edit the ledger and make every hash fit again: chain, heads in the checkpoints, manifests, hashes of tensors."""
+    """Edit the ledger and make every hash fit again: chain, heads in checkpoints and model, manifests, tensors."""
     events, head = edit(read_lines(folder)), "0" * 64
     last_of = {event["step"]: index for index, event in enumerate(events) if event["event"] == "checkpoint"}
     config = json.loads((folder / "run.json").read_bytes())["config"]
@@ -166,6 +166,9 @@ def rechain(folder: Path, edit: Callable[[Events], Events] = lambda events: even
         lines.append(line)
         head = sha256_bytes(line.encode())
     (folder / "ledger.jsonl").write_text("".join(line + "\n" for line in lines))
+    if (origin := folder / "model" / "origin.json").exists():
+        write_json(origin, {**json.loads(origin.read_bytes()), "ledger_head": head})
+        write_manifest(folder / "model")
 
 
 @pytest.fixture(scope="session")

@@ -284,3 +284,20 @@ def test_runs_with_random_settings_killed_at_random_moments_pass(workshop: Any, 
     if draw.random() < 0.5:
         workshop.publish(tmp_path, last=1)
     assert_passes(workshop, tmp_path, 3, 4)
+
+
+def test_a_difference_that_other_code_may_have_made_says_so(workshop: Any, forged: Path) -> None:
+    def made_elsewhere(events: Any) -> Any:
+        for event in events:
+            if event["event"] == "start":
+                event["environment"]["code"] = "0" * 64
+            if event["event"] == "step" and event["step"] == 7:
+                event["batch_sha256"] = "1" * 64
+        return events
+
+    rechain(forged, made_elsewhere)
+    findings = workshop.verify(forged, 2)
+    assert findings.verdict == "failed"
+    assert "step 7: batch_sha256" in str(findings.difference)
+    assert "other code of openelm" in str(findings.difference) and "git_commit" in str(findings.difference)
+    assert "other code" in findings.to_json()["first_difference"]["what"]

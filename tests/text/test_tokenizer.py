@@ -136,10 +136,12 @@ def test_special_token_text_is_data(name: str, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_encode_many_equals_encode_of_each(name: str) -> None:
+def test_encode_many_and_encode_array_equal_encode_of_each(name: str) -> None:
     tokenizer = made(name)
     texts = ["", *CORPUS, *SPECIAL_TEXTS, " a", "a", "🦙", ""]
-    assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_many(texts) == ids
+    assert [tokenizer.encode_array(text).tolist() for text in texts] == ids
     assert tokenizer.encode_many([]) == []
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import openelm
+import openelm.train.run as run_module
 from openelm.data.manifest_file import load_manifest, read_manifest_file, write_manifest_file
 from openelm.errors import CheckpointError, ConfigError, OpenELMError
 from openelm.files import sha256_file
@@ -272,3 +275,29 @@ def test_a_seed_no_generator_takes_is_a_config_error(bench: Any, tmp_path: Path,
 def test_rows_longer_than_the_context_are_refused(bench: Any) -> None:
     with pytest.raises(ConfigError, match=r"train\.length 64 .* model\.context 32"):
         bench.config("train.length=64")
+
+
+def test_the_code_that_decides_the_numbers_is_named_and_other_code_is_refused(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "openelm"
+    shutil.copytree(Path(openelm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(run_module, "_PACKAGE", package)
+
+    def digest() -> str:
+        run_module.code_sha256.cache_clear()
+        return str(run_module.code_sha256())
+
+    try:
+        first = digest()
+        bench.open(tmp_path / "run")
+        (package / "release" / "report.py").write_text("")
+        assert digest() == first  # what only reads runs decides nothing
+        with (package / "kernels" / "rms_norm.py").open("a") as file:
+            file.write("# other\n")
+        assert digest() != first
+        with pytest.raises(ConfigError, match=rf"environment.code: '{first}' -> "):
+            bench.open(tmp_path / "run")
+        bench.open(tmp_path / "run", allow_change=["environment.code"])
+    finally:
+        run_module.code_sha256.cache_clear()

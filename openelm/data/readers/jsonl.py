@@ -20,6 +20,7 @@ from openelm.data.document import (
 from openelm.data.readers.lines import Line, is_compressed, most_text_bytes, read_lines
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
+from openelm.files import sha256_bytes
 
 # A block inside a frame is reached by decompressing the frame from its start: k blocks cost k/2 readings.
 _BLOCKS_PER_FRAME = 16
@@ -83,8 +84,10 @@ def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> 
             result: Document | DataError = too_long(path, limit, line=row + 1, offset=offset, fix=_TOO_LONG_FIX)
         else:
             result = _parse(line.data, path, row, offset, options)
-        if compressed and isinstance(result, DataError):
-            result.offset = None  # it mixes compressed and decompressed bytes; the line says enough
+        if isinstance(result, DataError):
+            result.row_sha256 = None if line.data is None else sha256_bytes(line.data)
+            if compressed:
+                result.offset = None  # it mixes compressed and decompressed bytes; the line says enough
         yield result
 
 

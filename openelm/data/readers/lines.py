@@ -15,7 +15,7 @@ from openelm.errors import DataError
 _REPAIR = "fetch or write the file again"
 _UNPACK = "leave the file out; if it is honest text, decompress it and list the plain file"
 _RATIO, _FREE_BYTES = 200, 64 << 20
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 # One read of this size can grow to at most 16 MiB (deflate, 1032:1) or 32 MiB (Zstandard run-length blocks).
 _GZIP_FEED_BYTES, _ZSTD_FEED_BYTES = 1 << 14, 1 << 10
 

@@ -11,6 +11,7 @@ from openelm.data.document import BLOCK_BYTES, Block, Document, ReadOptions, dec
 from openelm.data.remote import DataPath, Url
 from openelm.data.retry import may_pass
 from openelm.errors import DataError
+from openelm.files import sha256_bytes
 
 _BLOCKS_PER_GROUP = 16  # reaching a block inside a row group decodes the rows before it
 _BATCH_ROWS = 64
@@ -66,7 +67,10 @@ def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> 
             rows = values[skip : skip + left].to_pylist()
             skip = max(0, skip - len(values))
         for value in rows:
-            yield _document(value, path, row, options)
+            result = _document(value, path, row, options)
+            if isinstance(result, DataError) and value is not None:
+                result.row_sha256 = sha256_bytes(value)
+            yield result
             row += 1
         left -= len(rows)
 

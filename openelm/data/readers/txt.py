@@ -17,6 +17,7 @@ from openelm.data.document import (
 )
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
+from openelm.files import sha256_bytes
 
 _BOM = b"\xef\xbb\xbf"
 _FIX = "set document_bytes to cut the file at blank lines, or raise max_document_bytes"
@@ -59,7 +60,7 @@ def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> 
                 continue
             text = decode_text(data, path, line=None, offset=offset)
             if isinstance(text, DataError):
-                text.line = _line_of(path, text.offset or 0)
+                text.line, text.row_sha256 = _line_of(path, text.offset or 0), sha256_bytes(data)
                 yield text
             else:
                 yield Document(text, options.source, str(path), row)
