@@ -13,7 +13,9 @@ import torch
 
 from openelm.model.folder import read_tensors
 from openelm.model.transformer import OpenELM
+from openelm.train import gradients
 from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
+from openelm.train.distributed import Processes
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number, read_ledger
 
@@ -113,6 +115,56 @@ def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
         assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
 
 
+def small_buckets() -> None:
+    gradients._BUCKET = 1000
+
+
+def test_gradients_that_are_sent_while_the_backward_pass_goes_on_are_the_same_sums(
+    bench: Any, launch: Any, tmp_path: Path
+) -> None:
+    """Sums of two numbers have no order, so neither the buckets nor the moment they are sent at change a bit."""
+    settings = (*SETTINGS, "train.micro_rows=2")
+    launch.run(tmp_path / "one", 2, *settings)
+    launch.run(tmp_path / "many", 2, *settings, before={0: small_buckets, 1: small_buckets})
+    assert bench.fingerprint(tmp_path / "many") == bench.fingerprint(tmp_path / "one")
+    assert bench.history(tmp_path / "many") == bench.history(tmp_path / "one")
+
+
+class Listing(Processes):
+    """One of two processes, whose other one sends ones; remembers what was sent when."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.sent: list[int] = []
+
+    def begin_to_add(self, values: torch.Tensor) -> None:
+        values += 1
+        self.sent.append(len(values))
+
+    def finish(self, sums: Any) -> None:
+        pass
+
+
+def test_a_bucket_is_sent_when_it_is_complete_and_a_parameter_without_a_gradient_delays_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradients, "_BUCKET", 16)
+    weights = [torch.nn.Parameter(torch.ones(20)) for _ in range(4)]
+    for unused, early in ((None, 4), (1, 2)):
+        listing = Listing()
+        flat = FlatGradients(weights, listing)
+        flat.expect(last=False)
+        sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+        assert listing.sent == []
+        flat.expect(last=True)
+        sum(weight.sum() for place, weight in enumerate(weights) if place != unused).backward()  # type: ignore[union-attr]
+        assert listing.sent == [32] * early
+        flat.add_up()
+        assert listing.sent == [32] * 4 + [16]
+        for place, weight in enumerate(weights):
+            assert weight.grad is not None and weight.grad.tolist() == [2.0 if place == unused else 3.0] * 20
+
+
 def test_a_killed_run_goes_on_at_other_numbers_of_processes(
     bench: Any, launch: Any, alone: Path, tmp_path: Path
 ) -> None:
@@ -204,8 +256,11 @@ def test_exact_sums_need_whole_gradients(bench: Any) -> None:
         bench.config(*EXACT, "train.shard_processes=2")
 
 
-def test_when_a_process_dies_the_others_say_which_and_stop(launch: Any, tmp_path: Path) -> None:
-    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
+@pytest.mark.parametrize("settings", [EXACT, SETTINGS, (*SETTINGS, "train.shard_processes=2")])
+def test_when_a_process_dies_the_others_say_which_and_stop(
+    launch: Any, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *settings, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.kill()
     second.communicate()
