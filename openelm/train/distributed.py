@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 from openelm.errors import ConfigError, ProcessError
 
 T = TypeVar("T")
+Sum: TypeAlias = "dist.Work | None"
+"""A sum over processes that was begun."""
 _SEEN, _FAILED = "openelm/seen", "openelm/failed"
 _REPORT_SECONDS = 2.0
 
@@ -71,6 +73,15 @@ class Processes:
         """Add up a tensor over all processes, in place; the order of the sum is the backend's."""
         if self.count > 1:
             self._call(lambda: dist.all_reduce(values))
+
+    def begin_to_add(self, values: Tensor) -> Sum:
+        """Begin to `add`; all processes begin the same sums in the same order, and `finish` them."""
+        return None if self.count == 1 else dist.all_reduce(values, async_op=True)
+
+    def finish(self, sums: Sequence[Sum]) -> None:
+        """Wait for sums that were begun."""
+        if self.count > 1:
+            self._call(lambda: [work.wait() for work in sums if work is not None])
 
     def add_in_tree(self, values: Tensor) -> None:
         """Add up a tensor over all processes, in place, in one fixed binary tree: the same bits at every count.

@@ -221,7 +221,7 @@ class Updater:
                     self.model, micro_inputs, micro_answers, micro_documents if masked else None
                 )
             mean = loss_sum / targets
-            self.gradients.expect(last=index == len(micros))
+            self.gradients.expect(last=index == len(micros) and self.config.numerics == "fast")
             torch.autograd.backward(mean * self.gradients.scale)
             self.gradients.losses += torch.stack([mean.detach(), nll_sum / targets])
 

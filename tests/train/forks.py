@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo  # FSDP2 would import it in every process, which takes seconds
 
@@ -84,15 +86,25 @@ class Fork:
 
 
 class Launch:
-    """Starts the processes of one run as torchrun does, by environment variables."""
+    """Starts the processes of one run as torchrun does, by environment variables: forks on the CPU, which talk through
+    gloo, or fresh interpreters on one GPU each, which talk through NCCL; CUDA does not survive a fork.
+    """
 
-    def __init__(self, bench: Any) -> None:
-        self._bench = bench
+    def __init__(self, bench: Any, backend: str = "gloo") -> None:
+        self._bench, self._backend = bench, backend
 
     def start(
         self, folder: Path, count: int, *overrides: str, before: Mapping[int, Callable[[], object]] | None = None
-    ) -> list[Fork]:
+    ) -> list[Any]:
         """Start `count` processes; `before` has what to do first in some of them, by rank."""
+        if self._backend == "nccl":
+            if torch.cuda.device_count() < count:
+                pytest.skip(
+                    f"NCCL needs {count} GPUs for {count} processes, this machine has {torch.cuda.device_count()}"
+                )
+            if before:
+                pytest.skip("what one process does first needs a fork, and CUDA does not survive one")
+            overrides = (*overrides, "train.device=cuda")
         folder.mkdir(exist_ok=True)
         recipe = folder.with_name(f"{folder.name}.json")
         recipe.write_text(json.dumps({"config": self._bench.values(*overrides), "model": {}}))
@@ -100,13 +112,17 @@ class Launch:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         arguments = ["train", str(recipe), "--out", str(folder)]
+        if self._backend == "gloo":
+            return [Fork(arguments, place, (before or {}).get(rank)) for rank, place in enumerate(places)]
+        command, pipe = [sys.executable, "-m", "openelm", *arguments], subprocess.PIPE
         return [
-            Fork(arguments, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (before or {}).get(rank))
-            for rank in range(count)
+            subprocess.Popen(command, env={**os.environ, **place}, stdout=pipe, stderr=pipe, text=True)
+            for place in places
         ]
 
     def run(self, folder: Path, count: int, *overrides: str, **options: Any) -> None:
         for process in self.start(folder, count, *overrides, **options):
-            _, errors = process.communicate()
+            _, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -11,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from openelm.model.config import ModelConfig
 from openelm.model.folder import read_tensors
 from openelm.model.transformer import OpenELM
+from openelm.train import gradients
 from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
+from openelm.train.distributed import Processes
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number, read_ledger
+
+from .forks import Launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -23,11 +29,16 @@ SETTINGS = ("train.rows=8", "data.lanes=4", "train.shards=4", "train.timeout_sec
 EXACT = (*SETTINGS, "train.numerics=exact")
 
 
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def launch(request: pytest.FixtureRequest, bench: Any) -> Launch:
+    return Launch(bench, request.param)
+
+
 @pytest.fixture(scope="module")
-def alone(bench: Any, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    bench.train(folder, *EXACT)
+    launch.run(folder, 1, *EXACT)
     return folder
 
 
@@ -80,16 +91,16 @@ def test_gradients_lie_in_one_tensor() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_exact_and_fast_differ_by_rounding_only(bench: Any, alone: Path, tmp_path: Path) -> None:
-    bench.train(tmp_path, *SETTINGS)
-    for fast, exact in zip(bench.history(tmp_path), bench.history(alone), strict=True):
+def test_exact_and_fast_differ_by_rounding_only(bench: Any, launch: Launch, alone: Path, tmp_path: Path) -> None:
+    launch.run(tmp_path / "run", 1, *SETTINGS)
+    for fast, exact in zip(bench.history(tmp_path / "run"), bench.history(alone), strict=True):
         assert fast[-1] == exact[-1]
         assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
-    bench: Any, launch: Any, alone: Path, tmp_path: Path, count: int
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path, count: int
 ) -> None:
     launch.run(tmp_path / "run", count, *EXACT)
     assert bench.history(tmp_path / "run") == bench.history(alone)
@@ -97,7 +108,7 @@ def test_exact_runs_give_the_same_bits_at_every_number_of_processes(
 
 
 def test_two_processes_that_save_in_the_background_give_the_same_bits(
-    bench: Any, launch: Any, alone: Path, tmp_path: Path
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
 ) -> None:
     launch.run(tmp_path / "run", 2, *EXACT, "checkpoints.background=true")
     assert bench.history(tmp_path / "run") == bench.history(alone)
@@ -105,7 +116,7 @@ def test_two_processes_that_save_in_the_background_give_the_same_bits(
 
 
 def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
-    bench: Any, launch: Any, alone: Path, tmp_path: Path
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
 ) -> None:
     launch.run(tmp_path / "run", 2, *SETTINGS)
     for fast, exact in zip(bench.history(tmp_path / "run"), bench.history(alone), strict=True):
@@ -113,21 +124,73 @@ def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
         assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
 
 
-def test_a_killed_run_goes_on_at_other_numbers_of_processes(
-    bench: Any, launch: Any, alone: Path, tmp_path: Path
+def small_buckets() -> None:
+    gradients._BUCKET = 1000
+
+
+def test_gradients_that_are_sent_while_the_backward_pass_goes_on_are_the_same_sums(
+    bench: Any, launch: Launch, tmp_path: Path
 ) -> None:
-    bench.train_until(tmp_path / "run", 5, *EXACT)
-    processes = launch.start(tmp_path / "run", 4, *EXACT)
-    wait_for_step(tmp_path / "run", 8)
-    for process in processes:
-        process.kill()
-        process.communicate()
+    """Sums of two numbers have no order, so neither the buckets nor the moment they are sent at change a bit."""
+    settings = (*SETTINGS, "train.micro_rows=2")
+    launch.run(tmp_path / "one", 2, *settings)
+    launch.run(tmp_path / "many", 2, *settings, before={0: small_buckets, 1: small_buckets})
+    assert bench.fingerprint(tmp_path / "many") == bench.fingerprint(tmp_path / "one")
+    assert bench.history(tmp_path / "many") == bench.history(tmp_path / "one")
+
+
+class Listing(Processes):
+    """One of two processes, whose other one sends ones; remembers what was sent when."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.sent: list[int] = []
+
+    def begin_to_add(self, values: torch.Tensor) -> None:
+        values += 1
+        self.sent.append(len(values))
+
+    def finish(self, sums: Any) -> None:
+        pass
+
+
+def test_a_bucket_is_sent_when_it_is_complete_and_a_parameter_without_a_gradient_delays_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradients, "_BUCKET", 16)
+    weights = [torch.nn.Parameter(torch.ones(20)) for _ in range(4)]
+    for unused, early in ((None, 4), (1, 2)):
+        listing = Listing()
+        flat = FlatGradients(weights, listing)
+        flat.expect(last=False)
+        sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+        assert listing.sent == []
+        flat.expect(last=True)
+        sum(weight.sum() for place, weight in enumerate(weights) if place != unused).backward()  # type: ignore[union-attr]
+        assert listing.sent == [32] * early
+        flat.add_up()
+        assert listing.sent == [32] * 4 + [16]
+        for place, weight in enumerate(weights):
+            assert weight.grad is not None and weight.grad.tolist() == [2.0 if place == unused else 3.0] * 20
+
+
+def test_a_killed_run_goes_on_at_other_numbers_of_processes(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
+    for count, step in ((1, 4), (4, 8)):
+        processes = launch.start(tmp_path / "run", count, *EXACT)
+        wait_for_step(tmp_path / "run", step)
+        for process in processes:
+            process.kill()
+            process.communicate()
     launch.run(tmp_path / "run", 2, *EXACT)
     assert bench.history(tmp_path / "run") == bench.history(alone)
     assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
 
 
-def test_a_stop_signal_to_any_process_saves_and_stops_all(bench: Any, launch: Any, alone: Path, tmp_path: Path) -> None:
+def test_a_stop_signal_to_any_process_saves_and_stops_all(
+    bench: Any, launch: Launch, alone: Path, tmp_path: Path
+) -> None:
     first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.send_signal(signal.SIGTERM)
@@ -142,7 +205,7 @@ SHARDED = (*SETTINGS, "train.shard_processes=2")
 
 
 @pytest.fixture(scope="module")
-def sharded(launch: Any, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(launch: Launch, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that share one copy of the model."""
     folder = tmp_path_factory.mktemp("sharded") / "run"
     launch.run(folder, 2, *SHARDED)
@@ -150,7 +213,7 @@ def sharded(launch: Any, one_thread: None, tmp_path_factory: pytest.TempPathFact
 
 
 def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
-    bench: Any, launch: Any, sharded: Path, tmp_path: Path
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path
 ) -> None:
     """Sums of two numbers have no order; what differs is the last bit of norms and of updates of short vectors."""
     launch.run(tmp_path / "run", 2, *SETTINGS)
@@ -162,12 +225,12 @@ def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
         assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
 
 
-def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Path) -> None:
+def test_a_shared_model_is_saved_in_parts_and_read_whole(sharded: Path) -> None:
     folder = checkpoint_folder(sharded, 12)
     names = {path.name for path in folder.glob("*.safetensors")}
     assert names == {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
     whole = load_checkpoint(sharded, 12)
-    model = bench.open(sharded, *SHARDED).model_config
+    model = ModelConfig.model_validate(json.loads((sharded / "run.json").read_text())["model"])
     expected = {name: tuple(value.shape) for name, value in OpenELM(model).state_dict().items()}
     assert {name: tuple(value.shape) for name, value in whole.weights.items()} == expected
     sizes = [sum(value.numel() for value in read_tensors(folder / name).values()) for name in sorted(names)[:2]]
@@ -176,7 +239,7 @@ def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Pa
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_shared_run_goes_on_alone_and_at_more_processes(
-    bench: Any, launch: Any, sharded: Path, tmp_path: Path, count: int
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, count: int
 ) -> None:
     """4 processes with 2 a copy are the hybrid of both. Sums are taken in another order: losses within 1e-3."""
     shutil.copytree(sharded, tmp_path / "run")
@@ -191,7 +254,7 @@ def test_a_shared_run_goes_on_alone_and_at_more_processes(
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_recomputing_the_layers_of_a_shared_model_changes_no_bit(
-    bench: Any, launch: Any, sharded: Path, tmp_path: Path, kind: str
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, kind: str
 ) -> None:
     launch.run(tmp_path / "run", 2, *SHARDED, f"train.recompute={kind}")
     assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(sharded)
@@ -204,8 +267,11 @@ def test_exact_sums_need_whole_gradients(bench: Any) -> None:
         bench.config(*EXACT, "train.shard_processes=2")
 
 
-def test_when_a_process_dies_the_others_say_which_and_stop(launch: Any, tmp_path: Path) -> None:
-    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
+@pytest.mark.parametrize("settings", [EXACT, SETTINGS, (*SETTINGS, "train.shard_processes=2")])
+def test_when_a_process_dies_the_others_say_which_and_stop(
+    launch: Launch, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *settings, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.kill()
     second.communicate()
@@ -215,7 +281,7 @@ def test_when_a_process_dies_the_others_say_which_and_stop(launch: Any, tmp_path
     assert "Traceback" not in errors
 
 
-def test_when_a_process_hangs_the_others_stop_in_time(launch: Any, tmp_path: Path) -> None:
+def test_when_a_process_hangs_the_others_stop_in_time(launch: Launch, tmp_path: Path) -> None:
     first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000", "train.timeout_seconds=5")
     wait_for_step(tmp_path / "run", 4)
     second.send_signal(signal.SIGSTOP)
