@@ -211,21 +211,6 @@ def test_files_that_nothing_lists_are_named(workshop: Any, forged: Path) -> None
     assert named >= {"notes.txt", "more.bin", "old.zip"}
 
 
-@pytest.mark.parametrize(
-    ("numerics", "verdict"), [("fast", "consistent (weaker: other numerics)"), ("exact", "verified")]
-)
-def test_what_several_processes_made_is_compared_to_the_bit_only_with_exact_numerics(
-    workshop: Any, tmp_path: Path, numerics: str, verdict: str
-) -> None:
-    workshop.train(tmp_path, f"train.numerics={numerics}", "train.shards=2", "train.steps=6")
-
-    def with_two_processes(events: Any) -> Any:  # whose bits, with `exact`, are those of one
-        return [{**event, "processes": 2} if event["event"] == "start" else event for event in events]
-
-    rechain(tmp_path, with_two_processes)
-    assert workshop.verify(tmp_path, 3).verdict == verdict
-
-
 def test_the_first_and_last_segment_and_every_turn_are_mandatory_and_others_are_drawn(
     workshop: Any, tmp_path: Path
 ) -> None:
