@@ -197,6 +197,27 @@ def test_a_file_that_changes_between_two_reads_of_a_block_is_refused(folder, ser
         assert caught.value.code == "E_CHANGED" and seen == texts[: len(seen)]
 
 
+@pytest.mark.parametrize("validator", ["ETag", "none"])
+@pytest.mark.parametrize("size", [0.5, 2])
+def test_a_file_that_gets_shorter_or_longer_while_it_is_read_is_refused(server, monkeypatch, validator, size):
+    monkeypatch.setattr(FaultyServer, "validator", validator)
+    manifest, data = manifest_of(f"{server}/a.jsonl"), FaultyServer.files["/a.jsonl"]
+    monkeypatch.setattr(FaultyServer, "changed", {"/a.jsonl": (data * 2)[: int(len(data) * size)]})
+    monkeypatch.setattr(remote, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(FaultyServer, "faults", ["slow", "slow", "change"])
+    with pytest.raises(DataError, match="changed") as caught:
+        read(manifest)
+    assert caught.value.code == "E_CHANGED" and caught.value.file == f"{server}/a.jsonl"
+    FaultyServer.files["/a.jsonl"] = data
+    for faults in (["short", "change"], ["short", "change", "slow"]):
+        monkeypatch.setattr(FaultyServer, "faults", faults)
+        with pytest.raises(DataError) as caught:
+            manifest_of(f"{server}/a.jsonl")
+        # without any version a shorter answer looks like a broken one, however often it is asked for
+        assert caught.value.code == "E_CHANGED" or (validator, size, caught.value.code) == ("none", 0.5, "E_READ")
+        FaultyServer.files["/a.jsonl"] = data
+
+
 def test_no_byte_that_came_is_asked_for_again(folder, server, monkeypatch):
     faults = ["503", "short", "less", "redirect", "short", "500", "500", "less", "429"]
     monkeypatch.setattr(FaultyServer, "faults", faults)
