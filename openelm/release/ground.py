@@ -51,7 +51,7 @@ class Ground:
             found.append(f"device: {there.get('device')} there, {self.run.device.type} here")
         elif self.run.device.type != "cpu":
             found.append(f"device: {self.run.device.type} adds in no fixed order")
-        elif not is_portable(there) and maker(there["device"]) != maker(self.here["device"]):
+        elif "device" not in names and not is_portable(there) and maker(there["device"]) != maker(self.here["device"]):
             found.append(f"device: {there['device']} there, {self.here['device']} here, without the portable profile")
         if start.processes > 1 and settings.numerics == "fast":
             found.append(f"{start.processes} processes with fast numerics there, 1 here")
