@@ -45,6 +45,7 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
     Raises:
         VerificationError: the first thing that does not fit.
     """
+    findings.run("files of its own", lambda: _files(publication))
     findings.run("ledger: order of its lines", lambda: _history(publication, findings))
     tokenizers: list[Tokenizer] = []
     findings.run("tokenizer", lambda: _tokenizer(publication, tokenizers, findings))
@@ -62,6 +63,10 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
         if path.name not in _READ:
             findings.skip(path.name, _NOT_READ.get(path.name, "no part of a run that is known here"))
     return tokenizers[0]
+
+
+def _files(publication: Publication) -> str:
+    return f"{len([plain(path) for path in publication.folder.iterdir()])} files and folders, none of them a link"
 
 
 def _history(publication: Publication, findings: Findings) -> str:

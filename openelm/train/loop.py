@@ -82,6 +82,7 @@ def train(
     """
     _check_processes(run, processes)
     with ExitStack() as opened:
+        opened.enter_context(processes.name_the_missing())
         ledger = None
         if processes.leads:
             make_folder(run.folder / "checkpoints")
@@ -313,18 +314,9 @@ class _Trainer:
         saved = self.saver.take(wait=wait)
         if saved is None:
             return
-        self._record(
-            {
-                "event": "checkpoint",
-                "step": saved.step,
-                "folder": str(checkpoint_folder(self.run.folder, saved.step).relative_to(self.run.folder)),
-                "manifest_sha256": saved.manifest_sha256,
-                "weights_sha256": weights_sha256(saved.weights),
-                "optimizer_sha256": weights_sha256(saved.optimizer),
-            }
-        )
+        self._record(saved)
         self._sync()
-        thin_checkpoints(self.run.folder, self.run.config.checkpoints)
+        thin_checkpoints(self.run.folder, self.run.config.checkpoints, finished=saved["step"] == self.config.steps)
 
 
 class _Clock:

@@ -28,6 +28,7 @@ from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
+from openelm.model.transformer import Recompute
 from openelm.optim.adamw import AdamWConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -73,8 +74,9 @@ class TrainConfig(Config):
     """How long a process waits for the others before it stops."""
     document_mask: bool = True
     """Whether the documents packed into one row are hidden from each other."""
-    recompute_layers: bool = False
-    """Activation checkpointing: keep only each layer's input and recompute the rest in the backward pass."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: "full" keeps each layer's input only and computes the rest again in the backward pass,
+    "selective" computes everything but the projections again."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
@@ -248,13 +250,14 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "precision": precision,
         **{
             name: os.environ[name]
-            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "OMP_NUM_THREADS")
+            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
             if name in os.environ
         },
     }

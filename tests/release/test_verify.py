@@ -65,14 +65,14 @@ def test_a_run_that_saves_in_the_background_passes(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its checkpoints are recorded some steps late, and one whose line a kill prevented is resumed from."""
-    save, go_on = openelm.train.saving.save_checkpoint, threading.Event()
+    read_again, go_on = openelm.train.saving.load_checkpoint, threading.Event()
 
     def slow(*arguments: Any) -> Any:
-        saved = save(*arguments)
+        saved = read_again(*arguments)
         go_on.wait(0.3)
         return saved
 
-    monkeypatch.setattr(openelm.train.saving, "save_checkpoint", slow)
+    monkeypatch.setattr(openelm.train.saving, "load_checkpoint", slow)
     workshop.train(tmp_path, "checkpoints.background=true", stop_at=at("step", 8))
     assert_passes(workshop, tmp_path, 0)
     assert workshop.train(tmp_path, "checkpoints.background=true")
@@ -90,16 +90,15 @@ def test_a_run_that_saves_in_the_background_passes(
 def test_a_run_killed_between_a_checkpoint_and_its_line_passes(
     workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    save = openelm.train.saving.save_checkpoint
+    read_again = openelm.train.saving.load_checkpoint
 
-    def save_and_die(run: Path, at: int, *rest: Any) -> Any:
-        saved = save(run, at, *rest)
+    def read_and_die(run: Path, at: int) -> Any:
         if at == step:
             raise KeyboardInterrupt
-        return saved
+        return read_again(run, at)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(openelm.train.saving, "save_checkpoint", save_and_die)
+        patch.setattr(openelm.train.saving, "load_checkpoint", read_and_die)
         workshop.train(tmp_path)
     assert_passes(workshop, tmp_path, 3)
     assert workshop.train(tmp_path)
@@ -148,7 +147,7 @@ def skipping(workshop: Any, one_thread: None, tmp_path_factory: pytest.TempPathF
         ("schedule.shape=warmup-stable-decay", "train.seed=5"),
         ("train.numerics=exact", "train.shards=2"),
         ("train.micro_rows=2", "train.document_mask=false", "checkpoints.every=5"),
-        ("train.recompute_layers=true", "data.lanes=4", "held_out=[]"),
+        ("train.recompute=full", "data.lanes=4", "held_out=[]"),
         ("train.precision=bf16", "schedule.warmup_steps=0"),
     ],
 )

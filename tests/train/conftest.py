@@ -24,6 +24,7 @@ from openelm.train.objectives import NextToken
 from openelm.train.run import Run, RunConfig, open_run
 
 from ..conftest import tiny_recipe
+from .forks import Launch
 
 EXACT = (
     "step",
@@ -148,6 +149,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench(corpus: Path) -> Bench:
     return Bench(corpus)
+
+
+@pytest.fixture(scope="session")
+def launch(bench: Bench) -> Launch:
+    return Launch(bench)
 
 
 @pytest.fixture(scope="module")
