@@ -82,17 +82,16 @@ class Url(str):
         return io.BufferedReader(_Ranges(self, self.stat()), _CHUNK_BYTES)
 
     def read_whole(self, take: Take) -> None:
-        """Give all bytes of one version of the file to a function; it may be told to begin again.
+        """Give all bytes of the file to a function; it may be told to begin again.
+
+        Of a store other than a web server the caller compares the status before and after, or the hash.
 
         Raises:
             FileNotFoundError: nothing is there.
-            DataError: E_READ naming the URL; E_CHANGED when the file changed on the way.
+            DataError: E_READ naming the URL; E_CHANGED when a web server's file changed on the way.
         """
         status = self.stat()
         self.read_range(status, 0, status.st_size, take)
-        if self.stat() != status:
-            fix = "wait until it is complete"
-            raise DataError("the file changed while it was read", fix=fix, file=self, code="E_CHANGED")
 
     def sha256(self) -> str:
         """Hash the file; raises what `read_whole` does."""
@@ -238,7 +237,7 @@ def local_copy(url: Url) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        DataError: E_READ naming the URL; E_CHANGED when the file changed on the way.
+        DataError: E_READ naming the URL; E_CHANGED when a web server's file changed on the way.
         DiskError: the folder for temporary files is full.
     """
     with tempfile.TemporaryDirectory(prefix="openelm-") as folder:
