@@ -126,6 +126,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        assert error is not None or self._stage is None, "what was begun must be taken"
         self._thread.shutdown()
         self._unpublished.__exit__(kind, error, traceback)  # after an error, what is not published goes
 
