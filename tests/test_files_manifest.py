@@ -55,6 +55,8 @@ def test_equal_content_has_an_equal_hash(tmp_path: Path) -> None:
     assert verify_folder(tmp_path / "t") == verify_folder(tmp_path / "u")
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 def test_a_thousand_flipped_bits_are_named_by_file_and_by_the_piece_they_lie_in(tmp_path: Path) -> None:
     folder, generator = tmp_path / "t", random.Random(0)
     sizes = {"none": 0, "one": 1, "piece": 4096, "more": 4097, "many": 50_000, "longer": 4097 * 1024}

@@ -16,7 +16,7 @@ from openelm.cli.screen import SECONDS_BETWEEN_LINES, Screen
 from openelm.data.manifest import Manifest, SourceConfig
 from openelm.data.manifest_file import Survey, merge_surveys, read_manifest_file, write_manifest_file
 from openelm.data.survey import BLOCK_BYTES, Progress, check_files, runner, survey
-from openelm.errors import ConfigError
+from openelm.errors import ConfigError, printable
 
 
 def manifest(arguments: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def manifest(arguments: argparse.Namespace) -> int:
     if parts > 1:
         screen.print("next     openelm data merge, with all parts")
     else:
-        screen.print(f'next     in a recipe: data.manifest = "{out}"')
+        screen.print(f'next     in a recipe: data.manifest = "{printable(str(out))}"')
     return 0
 
 
@@ -88,6 +88,8 @@ def _workers(arguments: argparse.Namespace) -> int:
 
 
 def _source_config(arguments: argparse.Namespace) -> SourceConfig:
+    if not arguments.name.isprintable():
+        raise ConfigError(f"--name {arguments.name!r} holds control characters", fix="use letters, digits and marks")
     values: dict[str, Any] = {
         "name": arguments.name,
         "paths": tuple(arguments.paths),
@@ -106,10 +108,11 @@ def _report(screen: Screen, out: Path, surveys: Sequence[Survey]) -> None:
         shards = found.source.shards
         part = f", part {found.part} of {found.parts}" if found.parts > 1 else ""
         screen.print(
-            f"{found.source.name}{part}: {len(shards):,} files, {sum(shard.bytes for shard in shards):,} bytes, "
+            f"{printable(found.source.name)}{part}: "
+            f"{len(shards):,} files, {sum(shard.bytes for shard in shards):,} bytes, "
             f"{found.source.rows:,} rows, {sum(len(shard.blocks) for shard in shards):,} blocks"
         )
-    screen.print(f"wrote    {out}")
+    screen.print(f"wrote    {printable(str(out))}")
 
 
 class WorkDisplay:

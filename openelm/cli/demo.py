@@ -16,7 +16,7 @@ from openelm.cli.train import find_recipe, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
-from openelm.errors import DataError
+from openelm.errors import DataError, printable
 from openelm.evaluate.baselines import Baseline, baselines
 from openelm.evaluate.score import Score
 from openelm.evaluate.tables import aligned
@@ -125,9 +125,9 @@ def _open(folder: Path, config: RunConfig, console: Console) -> Run:
     run = open_run(folder, config)
     shards = [shard for source in run.manifest.sources for shard in source.shards]
     console.print(
-        f"[bold]{run.model_config.parameters:,} parameters[/], {run.model_config.num_transformer_layers} layers, "
+        f"{run.model_config.parameters:,} parameters, {run.model_config.num_transformer_layers} layers, "
         f"vocabulary {run.tokenizer.vocab_size:,}; {sum(shard.bytes for shard in shards):,} bytes "
-        f"in {len(shards)} files; {run.precision} on {run.device.type}; folder {folder}"
+        f"in {len(shards)} files; {run.precision} on {run.device.type}; folder {printable(str(folder))}"
     )
     return run
 
@@ -198,16 +198,15 @@ def _publish(run: Run, score: Score, rows: Sequence[Baseline]) -> None:
 def _show(run: Run, score: Score, rows: Sequence[Baseline], console: Console) -> None:
     table = [*((row.name, row.bits_per_byte, row.description) for row in rows), ("this model", score.value, "")]
     console.print()
-    console.print(aligned(("held-out text", "bits/byte", ""), table), markup=False, soft_wrap=True)
+    console.print(aligned(("held-out text", "bits/byte", ""), table))
     model = load_model(run.folder / "model")
     for prompt in run.config.evaluation.prompts[:1]:
         sampling = SamplingConfig(max_tokens=120, seed=run.config.train.seed)
         text = prompt + generate_text(model, run.tokenizer, prompt, sampling)
-        console.print("\n".join(f"  {line}" for line in text.splitlines()), markup=False, style="italic")
-    console.print("\n[bold]try next[/]")
-    console.print(f"  openelm chat {run.folder}/model", markup=False, soft_wrap=True)
+        console.print("\n".join(f"  {line}" for line in text.splitlines()), style="italic")
+    console.print("\ntry next", style="bold")
+    folder = printable(str(run.folder))
+    console.print(f"  openelm chat {folder}/model")
     prompt = json.dumps(run.config.evaluation.prompts[0] if run.config.evaluation.prompts else "Once")
-    console.print(
-        f"  openelm generate {run.folder}/model --prompt {prompt} --temperature 0.7", markup=False, soft_wrap=True
-    )
-    console.print(f"  open {run.folder}/report.html in a browser", markup=False, soft_wrap=True)
+    console.print(f"  openelm generate {folder}/model --prompt {prompt} --temperature 0.7")
+    console.print(f"  open {folder}/report.html in a browser")

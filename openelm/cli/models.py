@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openelm.cli.screen import Screen
+from openelm.errors import printable
 from openelm.model.config import ModelConfig
 from openelm.model.sizes import model_size
 
@@ -28,10 +29,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(json.dumps(score.to_json()))
         return 0
     rows = [(document.name, document.bytes, document.tokens, document.bits_per_byte) for document in score.per_document]
-    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows), markup=False)
+    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows))
     interval = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
     over = f", 95 % interval over {score.units} {score.interval_over}" if interval else ""
-    console.print(f"bits per byte {score.value:.4f}{interval}{over}", markup=False)
+    console.print(f"bits per byte {score.value:.4f}{interval}{over}")
     return 0
 
 
@@ -44,9 +45,8 @@ def inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(costs))
         return 0
     plan, console = config.plan, Screen()
-    console.print(
-        f"{arguments.what}: {costs['parameters']:,} parameters ({costs['non_embedding_parameters']:,} in layers)"
-    )
+    counts = f"{costs['parameters']:,} parameters ({costs['non_embedding_parameters']:,} in layers)"
+    console.print(f"{printable(arguments.what)}: {counts}")
     console.print(f"width {plan.dim}, head size {plan.head_dim}, vocabulary {config.vocab_size:,}\n")
     widest = max(plan.ffn_dims)
     console.print("layer  query heads  KV heads  FFN width")

@@ -12,7 +12,7 @@ from typing import Any
 from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, read_recipe
 from openelm.config import apply_overrides
-from openelm.errors import ConfigError
+from openelm.errors import ConfigError, printable
 from openelm.evaluate.tables import aligned
 from openelm.model.budget import (
     Memory,
@@ -176,7 +176,7 @@ def _to_json(budget: Budget, price: float | None) -> dict[str, Any]:
 def _show(budget: Budget, recipe: str, price: float | None) -> None:
     console, time = Screen(), budget.time
     total_flops = time.flops_per_token * budget.tokens
-    console.print(f"{recipe} on {budget.devices} × {budget.device.name}", markup=False)
+    console.print(f"{printable(recipe)} on {budget.devices} × {budget.device.name}")
     console.print(f"  model   {budget.plan.parameters(budget.vocab_size):,} parameters")
     console.print(
         f"  work    {budget.tokens:,} tokens × {time.flops_per_token / 1e9:.3f} GFLOP = {total_flops:.3g} FLOP"
@@ -200,10 +200,10 @@ def _show(budget: Budget, recipe: str, price: float | None) -> None:
         )
         for name, memory in budget.memory.items()
     ]
-    console.print(aligned(("layout", *names, "total", f"fits {limit / 1e9:.0f}"), rows), markup=False, soft_wrap=True)
+    console.print(aligned(("layout", *names, "total", f"fits {limit / 1e9:.0f}"), rows))
     console.print("assumed")
     for line in budget.assumptions:
-        console.print(f"  - {line}", markup=False, soft_wrap=True)
+        console.print(f"  - {line}")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -223,7 +223,5 @@ def _check(arguments: argparse.Namespace) -> int:
         )
         for check in checks
     ]
-    Screen().print(
-        aligned(("run", "what", "measured", "predicted", "error", "predicted from"), rows), markup=False, soft_wrap=True
-    )
+    Screen().print(aligned(("run", "what", "measured", "predicted", "error", "predicted from"), rows))
     return 0

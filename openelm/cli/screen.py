@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+
+from openelm.errors import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Screen(Console):
-    """A console that prints text as it is, and leaves a closed pipe to `main`."""
+    """A console that prints text as it is, without its control characters, and leaves a closed pipe to `main`."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(highlight=False, stderr=stderr)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts unwrapped, brackets and all; a name or a path cannot move the cursor or change colours."""
+        if all(isinstance(text, str) for text in objects):
+            options = {"markup": False, "emoji": False, "soft_wrap": True, **options}
+            objects = tuple("\n".join(map(printable, text.split("\n"))) for text in objects)
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -43,8 +52,7 @@ class WorkBar:
             self._progress.update(self._tasks[what], completed=done)
         elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            text = self._line.format(what=what, done=done, total=total)
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(self._line.format(what=what, done=done, total=total))
 
     def __enter__(self) -> Self:
         if self._progress is not None:

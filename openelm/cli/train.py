@@ -15,7 +15,7 @@ from rich.console import Console
 from openelm.cli.screen import Screen
 from openelm.config import apply_overrides, read_toml
 from openelm.data.stream import BatchStream
-from openelm.errors import CheckpointError, ConfigError
+from openelm.errors import CheckpointError, ConfigError, printable
 from openelm.files import folder_lock, make_folder
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
@@ -53,8 +53,8 @@ def train_recipe(arguments: argparse.Namespace) -> int:
         if not processes.leads:
             return 0
     page = write_report(folder)
-    console.print(f"\nreport   {page}")
-    console.print(f"next     openelm average {folder} --last {min(5, config.checkpoints.keep_last)}")
+    console.print(f"\nreport   {printable(str(page))}")
+    console.print(f"next     openelm average {printable(str(folder))} --last {min(5, config.checkpoints.keep_last)}")
     return 0
 
 
@@ -65,7 +65,7 @@ def average(arguments: argparse.Namespace) -> int:
     read_run_file(run)
     with folder_lock(run):
         steps = publish_average(run, arguments.last, target)
-    console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {target}")
+    console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {printable(str(target))}")
     return 0
 
 
@@ -73,7 +73,7 @@ def report(arguments: argparse.Namespace) -> int:
     """Write the report page."""
     read_run_file(Path(arguments.run))
     page = write_report(Path(arguments.run), out=Path(arguments.out) if arguments.out else None)
-    Screen().print(f"wrote {page}")
+    Screen().print(f"wrote {printable(str(page))}")
     return 0
 
 
@@ -152,6 +152,6 @@ def read_run_file(run: Path, name: str = "run.json") -> Mapping[str, Any]:
         description: dict[str, Any] = json.loads((run / name).read_bytes())
         if not (isinstance(description["model"], dict) and isinstance(description["config"], dict)):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{name} is missing or damaged", file=run / name, fix="give a run folder") from None
     return description

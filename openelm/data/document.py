@@ -92,6 +92,11 @@ def bad_text(what: str, path: DataPath, line: int | None, offset: int | None = N
     return DataError(what, fix=fix, file=path, line=line, offset=offset, code="E_TEXT")
 
 
+def no_such_file(path: DataPath) -> DataError:
+    """Describe a file that was named and is not there; for one that a manifest knows see `manifest.unreadable`."""
+    return DataError("no such file", fix="check the path", file=path, code="E_PATH")
+
+
 def too_long(path: DataPath, limit: int, *, line: int | None, offset: int | None, fix: str) -> DataError:
     """Describe a row that is longer than the source allows."""
     what = f"a document is longer than {limit:,} bytes"

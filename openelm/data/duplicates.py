@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from openelm.data.document import Document
+from openelm.data.document import Document, Drops, add_drops
 from openelm.data.filters import normalize
 from openelm.data.manifest import Manifest, Shard, Source
-from openelm.data.reading import read_block
+from openelm.data.reading import read_block, reason_to_drop
 from openelm.errors import ConfigError, DataError
 
 Progress = Callable[[int], None]
-_BUCKETS = 256
+_BUCKETS = 128  # files that are open at once; macOS allows a shell's programs 256
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])  # half a digest, a place
 
 
@@ -49,32 +49,51 @@ def all_shards(manifest: Manifest) -> list[tuple[Source, Shard]]:
     return shards
 
 
-def documents_of(source: Source, shard: Shard, progress: Progress) -> Iterator[Document | None]:
-    """Yield a shard's rows in file order, None for one that cannot be read; tells the bytes of each block done.
+def documents_of(source: Source, shard: Shard, progress: Progress, drops: Drops) -> Iterator[Document | None]:
+    """Yield a shard's rows in file order, None for one without text that can be read; tells the bytes of each block.
+
+    Args:
+        drops: filled in place with what is None (source, reason, number).
 
     Raises:
-        DataError: the file is damaged or changed.
+        DataError: the file is damaged or changed; E_EMPTY at the end of a source of which no row could be read.
     """
     for block in shard.blocks:
         for row in read_block(source, shard, block):
-            yield row if isinstance(row, Document) else None
+            reason = reason_to_drop(row, "skip")
+            if reason is not None:
+                add_drops(drops, {source.name: {reason: 1}})
+            yield row if isinstance(row, Document) and reason is None else None
         progress(block.bytes)
+    if shard is source.shards[-1] and sum(drops.get(source.name, {}).values()) == source.rows:
+        raise _unreadable(source)
 
 
-def exact_duplicates(manifest: Manifest, scratch: Path, progress: Progress) -> list[Duplicate]:
+def _unreadable(source: Source) -> DataError:
+    shard = next(shard for shard in source.shards if shard.rows)
+    rows = (row for block in shard.blocks for row in read_block(source, shard, block))
+    first = next((row for row in rows if isinstance(row, DataError)), DataError("it is empty", file=shard.path, line=1))
+    fix = "give files with text"
+    if first.code == "E_SCHEMA":
+        fix = "say which key or column holds the text: --text-key, or text_key in a recipe"
+    what = f"source {source.name!r}: none of its {source.rows:,} rows can be read; {first.what}"
+    return DataError(what, fix=fix, file=first.file, line=first.line, code="E_EMPTY")
+
+
+def exact_duplicates(manifest: Manifest, scratch: Path, progress: Progress, drops: Drops) -> list[Duplicate]:
     """Find documents whose normalised text (lower case, no punctuation, single spaces) was met before.
 
-    Digests (SHA-256, of which 16 bytes are kept) go to 256 files in `scratch`, 24 bytes a document, and are
-    compared one file at a time: memory is a 256th of that, plus the duplicates.
+    Digests (SHA-256, of which 16 bytes are kept) go to 128 files in `scratch`, 24 bytes a document, and are
+    compared one file at a time: memory is a 128th of that, plus the duplicates. `drops` is as in `documents_of`.
     """
     with ExitStack() as opened:
         files = [opened.enter_context((scratch / f"{number:02x}").open("wb")) for number in range(_BUCKETS)]
         for number, (source, shard) in enumerate(all_shards(manifest)):
-            for row, document in enumerate(documents_of(source, shard, progress)):
+            for row, document in enumerate(documents_of(source, shard, progress, drops)):
                 text = normalize(document.text) if document else ""
                 if text:
                     digest = hashlib.sha256(text.encode()).digest()
-                    files[digest[0]].write(digest[:16] + struct.pack("<II", number, row))
+                    files[digest[0] % _BUCKETS].write(digest[:16] + struct.pack("<II", number, row))
     found: list[Duplicate] = []
     for number in range(_BUCKETS):
         found += _repeated(np.fromfile(scratch / f"{number:02x}", _RECORD))
@@ -103,10 +122,12 @@ class MinHash:
     hashes: int = 8
 
 
-def near_duplicates(manifest: Manifest, scratch: Path, progress: Progress, settings: MinHash) -> list[Duplicate]:
+def near_duplicates(
+    manifest: Manifest, scratch: Path, progress: Progress, drops: Drops, settings: MinHash
+) -> list[Duplicate]:
     """Find documents that are nearly equal to an earlier one, by datatrove's MinHash.
 
-    What is similar to something similar is one group; its earliest document is kept.
+    What is similar to something similar is one group; its earliest document is kept. `drops` is as in `documents_of`.
 
     Raises:
         ConfigError: datatrove is not installed.
@@ -114,7 +135,7 @@ def near_duplicates(manifest: Manifest, scratch: Path, progress: Progress, setti
     steps = _datatrove(scratch, settings)
     shards = all_shards(manifest)
     for number, (source, shard) in enumerate(shards):
-        rows = documents_of(source, shard, progress)
+        rows = documents_of(source, shard, progress, drops)
         steps.sign((document.text if document else "" for document in rows), number, len(shards))
     pairs = (pair for band in range(settings.bands) for pair in steps.pairs(band))
     return _groups(pairs)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from openelm.data.document import Document
+from openelm.data.document import Document, no_such_file
 from openelm.data.manifest import Manifest, Shard, Source, unreadable
 from openelm.errors import DataError
 from openelm.files import canonical_json, sha256_bytes, sha256_file
@@ -57,7 +57,7 @@ def load_exclusions(paths: Sequence[str], manifest: Manifest) -> Exclusions:
     files that the run does not read are passed over.
 
     Raises:
-        DataError: a list is missing or damaged (E_READ, E_JSON, E_SCHEMA); a listed file has other content
+        DataError: a list is missing or damaged (E_PATH, E_READ, E_JSON, E_SCHEMA); a listed file has other content
             now, or no line is about this run's data (E_CHANGED).
     """
     places = _Places(manifest)
@@ -109,6 +109,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open("rb") as file:
             for number, data in enumerate(file, 1):
                 yield number, _line(data, path, number)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
     except OSError as error:
         raise unreadable(path, error) from None
 

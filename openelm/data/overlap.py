@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from openelm.data.document import MAX_DOCUMENT_BYTES
+from openelm.data.document import MAX_DOCUMENT_BYTES, no_such_file
 from openelm.data.manifest import unreadable
 from openelm.data.readers import format_of
 from openelm.data.readers.lines import read_lines
@@ -144,6 +144,8 @@ def evaluation_texts(path: Path) -> Iterator[str]:
                 yield from _strings(_parsed(line.data, path, number))
         else:
             yield from _parquet_strings(path)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
     except OSError as error:
         raise unreadable(path, error) from None
 

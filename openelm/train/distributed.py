@@ -165,17 +165,12 @@ def open_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
     Raises:
         ConfigError: an environment that torchrun would not have made, or a count that is no power of two.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
+    rank, count, local_rank = _torchrun_numbers()
     if count & (count - 1):
         raise ConfigError(f"{count} processes", fix="start a power of two, such as torchrun --nproc-per-node 4")
-    try:
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    except (KeyError, ValueError):
-        fix = "start with: torchrun --nproc-per-node 2 -m openelm train …"
-        raise ConfigError("WORLD_SIZE is set, but RANK or LOCAL_RANK is not", fix=fix) from None
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -185,3 +180,19 @@ def open_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
         yield Processes(rank, count, place)
     finally:
         dist.destroy_process_group()
+
+
+def _torchrun_numbers() -> tuple[int, int, int]:
+    """Read this process's rank, the number of processes, and its rank on this machine."""
+    try:
+        rank, count, local_rank, port = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        )
+        if os.environ["MASTER_ADDR"] and 0 <= rank < count and local_rank >= 0 and 0 <= port < 1 << 16:
+            return rank, count, local_rank
+    except (KeyError, ValueError):
+        pass
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
+    fix = "start with: torchrun --nproc-per-node 2 -m openelm train …; or unset WORLD_SIZE for one process"
+    raise ConfigError(f"the environment is not torchrun's: {given}", fix=fix)

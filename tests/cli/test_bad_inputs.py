@@ -187,6 +187,43 @@ def test_too_few_checkpoints_to_average_is_exit_2(trained: Path, tmp_path: Path,
     assert "the run has 3" in failed(2, "average", trained, "--last", "9", "--out", tmp_path / "model")
 
 
+@pytest.mark.parametrize("nested", ["[", '{"a":'])
+def test_a_run_file_of_endless_brackets_is_exit_4(tmp_path: Path, failed: Failed, nested: str) -> None:
+    path = tmp_path / "nest.json"
+    path.write_text(nested * 100_000)
+    assert "nest.json" in failed(4, "train", path, "--out", tmp_path / "run")
+    assert "nest.json" in failed(4, "plan", path)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "abc"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "-2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "2", "RANK": "one", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_torchrun_would_not_make_says_to_start_with_it(
+    recipe: Path, tmp_path: Path, failed: Failed, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os._exit", lambda code: None)  # how one of several processes ends
+    line = failed(2, "train", recipe, "--out", tmp_path / "run")
+    assert "torchrun --nproc-per-node 2" in line
+
+
 @pytest.mark.parametrize("suite", ["bpb", "bpb:", "hellaswag", ""])
 def test_an_unknown_suite_lists_the_suites(trained: Path, failed: Failed, suite: str) -> None:
     assert "bpb:PATH" in failed(2, "eval", trained / "model", "--suite", suite)

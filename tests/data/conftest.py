@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.stream import BatchStream, DataConfig
 from openelm.text.tokenizer import ByteTokenizer, Tokenizer
+
+T = TypeVar("T", bound=Hashable)
 
 WORDS = [
     "model",
@@ -71,3 +76,23 @@ def open_stream(tokenizer: Tokenizer, tokenizer_path: Path) -> Callable[..., Bat
         )
 
     return open_
+
+
+@pytest.fixture(scope="session")
+def check_distinct() -> Callable[[st.SearchStrategy[T], int, Callable[[T], None]], None]:
+    """Check exactly `count` different cases of a strategy, the same every time; Hypothesis alone may repeat some."""
+
+    def run(cases: st.SearchStrategy[T], count: int, check: Callable[[T], None]) -> None:
+        seen: set[T] = set()
+
+        @settings(max_examples=2 * count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @given(case=cases)
+        def one(case: T) -> None:
+            if len(seen) < count or case in seen:
+                seen.add(case)  # before the check, so that a failing case fails again
+                check(case)
+
+        one()
+        assert len(seen) == count
+
+    return run

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import functools
+import gzip
+import io
+
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+import zstandard
 from hypothesis import strategies as st
 
 from openelm.data.manifest import SourceConfig, build_manifest
@@ -143,6 +147,8 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):
     assert (caught.value.code, caught.value.line) == ("E_TEXT", 1)
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 def test_a_cut_parquet_file_is_noticed_at_64_points(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [f"text {at}" for at in range(100)])
@@ -172,16 +178,17 @@ def mutate(data: bytes, mutations) -> bytes:
     return data
 
 
-MUTATED = given(
-    name=st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]),
-    mutations=st.lists(MUTATION, max_size=4),
-    on_bad_row=st.sampled_from(["error", "skip"]),
-)
+MUTATED = st.builds(
+    lambda name, mutations, on_bad_row: (name, mutate(_whole(name), mutations), on_bad_row),
+    st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]),
+    st.lists(MUTATION, min_size=1, max_size=4),
+    st.sampled_from(["error", "skip"]),
+).filter(lambda case: case[1] != _whole(case[0]))
 
 
-def read_mutated(folder, name, mutations, on_bad_row) -> None:
+def read_mutated(folder, name, data, on_bad_row) -> None:
     path = folder / name
-    path.write_bytes(mutate(_whole(path), mutations))
+    path.write_bytes(data)
     try:
         for document in read_documents([source(path, document_bytes=40)], on_bad_row=on_bad_row):
             document.text.encode()
@@ -189,32 +196,16 @@ def read_mutated(folder, name, mutations, on_bad_row) -> None:
         assert error.exit_code in (2, 3) and str(path) in str(error)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@MUTATED
-def test_mutated_files_raise_nothing_but_our_errors(tmp_path, name, mutations, on_bad_row):
-    read_mutated(tmp_path, name, mutations, on_bad_row)
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_mutated_files_raise_nothing_but_our_errors(tmp_path, check_distinct, count):
+    check_distinct(MUTATED, count, lambda case: read_mutated(tmp_path, *case))
 
 
-@pytest.mark.faults
-@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@MUTATED
-def test_ten_thousand_mutated_files_raise_nothing_but_our_errors(tmp_path, name, mutations, on_bad_row):
-    read_mutated(tmp_path, name, mutations, on_bad_row)
-
-
-_WHOLE = {}
-
-
-def _whole(path) -> bytes:
-    import gzip
-
-    import zstandard
-
-    if path.suffix not in _WHOLE:
-        if path.suffix == ".parquet":
-            write_parquet(path, ["some text", "more text é 你好", ""] * 5)
-            _WHOLE[path.suffix] = path.read_bytes()
-        else:
-            compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
-            _WHOLE[path.suffix] = compress(SEEDS)
-    return _WHOLE[path.suffix]
+@functools.cache
+def _whole(name) -> bytes:
+    if name.endswith(".parquet"):
+        table = io.BytesIO()
+        write_parquet(table, ["some text", "more text é 你好", ""] * 5)
+        return table.getvalue()
+    compress = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+    return compress(SEEDS)

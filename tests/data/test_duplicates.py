@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from openelm.data.document import Drops
 from openelm.data.duplicates import Duplicate, MinHash, exact_duplicates, near_duplicates
 from openelm.data.manifest import SourceConfig, build_manifest
 from openelm.errors import ConfigError, DataError
@@ -40,7 +41,9 @@ def test_exact_duplicates_are_all_but_the_first_of_equal_normalised_texts(corpus
                 expected.append(Duplicate(shard, row, *first[plain]))
             first.setdefault(plain, (shard, row))
     read = []
-    assert exact_duplicates(corpus(*shards), tmp_path, read.append) == expected
+    drops: Drops = {}
+    assert exact_duplicates(corpus(*shards), tmp_path, read.append, drops) == expected
+    assert drops == {"text": {"empty": sum(not text for texts in shards for text in texts)}}
     assert sum(read) == sum(block.bytes for shard in corpus(*shards).sources[0].shards for block in shard.blocks)
 
 
@@ -49,7 +52,35 @@ def test_rows_that_cannot_be_read_keep_the_numbers_of_the_others(corpus, tmp_pat
     path = tmp_path / "corpus" / "0.jsonl"
     path.write_text(path.read_text().replace('"bad"', "bad"))
     manifest = build_manifest([SourceConfig(name="text", paths=(str(path),))], on_bad_row="skip")
-    assert exact_duplicates(manifest, tmp_path, lambda count: None) == [Duplicate(0, 2, 0, 0)]
+    drops: Drops = {}
+    assert exact_duplicates(manifest, tmp_path, lambda count: None, drops) == [Duplicate(0, 2, 0, 0)]
+    assert drops == {"text": {"E_JSON": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "fault"),
+    [
+        ('{"body": "a"}\n{"text": 3}\n', 1, "no key 'text'; keys present: 'body'"),
+        ('{"text": " "}\n', 1, "it is empty"),
+        ("\n\n{bad\n", 3, "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "minhash"])
+def test_a_source_of_which_no_row_can_be_read_is_an_error_that_names_the_first_fault(
+    tmp_path, content, line, fault, method
+):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.jsonl").write_text(content)
+    configs = [SourceConfig(name=name, paths=(str(next(tmp_path.glob(f"{name}.*"))),)) for name in ("good", "bad")]
+    manifest = build_manifest(configs, on_bad_row="skip")
+    with pytest.raises(DataError, match=fault) as caught:
+        if method == "exact":
+            exact_duplicates(manifest, tmp_path, lambda count: None, {})
+        else:
+            near_duplicates(manifest, tmp_path, lambda count: None, {}, MinHash())
+    error = caught.value
+    assert (error.code, error.exit_code, error.line) == ("E_EMPTY", 3, line) and "bad.jsonl" in str(error)
+    assert "source 'bad'" in error.what
 
 
 def test_two_files_of_one_name_and_content_are_refused(tmp_path):
@@ -58,7 +89,7 @@ def test_two_files_of_one_name_and_content_are_refused(tmp_path):
         (tmp_path / folder / "x.txt").write_text("the same")
     sources = [SourceConfig(name="text", paths=(str(tmp_path / "a"), str(tmp_path / "b")))]
     with pytest.raises(DataError, match="same name and content"):
-        exact_duplicates(build_manifest(sources), tmp_path, lambda count: None)
+        exact_duplicates(build_manifest(sources), tmp_path, lambda count: None, {})
 
 
 def shingles(text, n=5):
@@ -86,7 +117,7 @@ def test_minhash_finds_what_brute_force_jaccard_calls_near_and_nothing_far(corpu
         for two in range(len(texts))
         for one in range(two)
     }
-    found = near_duplicates(corpus(*shards), tmp_path / "scratch", lambda count: None, MinHash())
+    found = near_duplicates(corpus(*shards), tmp_path / "scratch", lambda count: None, {}, MinHash())
     listed = {(duplicate.shard, duplicate.row) for duplicate in found}
     near = [places[two] for (_, two), jaccard in similar.items() if jaccard > 0.9]
     assert len(near) > 20
@@ -111,7 +142,7 @@ def test_minhash_finds_what_brute_force_jaccard_calls_near_and_nothing_far(corpu
 def test_minhash_ignores_case_and_punctuation_and_texts_without_enough_words(corpus, tmp_path, capfd):
     words = " ".join(WORDS[:40])
     manifest = corpus([words, words.upper() + "!", "too short", "too short"])
-    found = near_duplicates(manifest, tmp_path / "scratch", lambda count: None, MinHash())
+    found = near_duplicates(manifest, tmp_path / "scratch", lambda count: None, {}, MinHash())
     assert found == [Duplicate(0, 1, 0, 0)]
     assert capfd.readouterr() == ("", "")
 
@@ -119,5 +150,5 @@ def test_minhash_ignores_case_and_punctuation_and_texts_without_enough_words(cor
 def test_without_datatrove_the_error_names_the_extra(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.data", None)
     with pytest.raises(ConfigError, match="datatrove") as caught:
-        near_duplicates(corpus(["a"]), tmp_path / "scratch", lambda count: None, MinHash())
+        near_duplicates(corpus(["a"]), tmp_path / "scratch", lambda count: None, {}, MinHash())
     assert "openelm-framework[dedup]" in caught.value.fix

@@ -130,6 +130,9 @@ def test_damaged_lists_are_refused_by_line(open_stream, write_jsonl, texts, tmp_
 
 
 def test_a_missing_list_is_refused(open_stream, write_jsonl, texts, tmp_path):
-    with pytest.raises(DataError, match="cannot read") as caught:
+    with pytest.raises(DataError, match="no such file") as caught:
         open_stream(write_jsonl(texts), exclude_documents=str(tmp_path / "gone.jsonl"))
-    assert caught.value.exit_code == 3
+    assert (caught.value.code, caught.value.exit_code) == ("E_PATH", 3)
+    with pytest.raises(DataError, match="cannot read") as caught:
+        open_stream(write_jsonl(texts), exclude_documents=str(tmp_path))
+    assert caught.value.code == "E_READ"

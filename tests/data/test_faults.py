@@ -22,6 +22,8 @@ from openelm.data.readers import jsonl, lines
 from openelm.data.reading import read_documents
 from openelm.errors import DataError
 
+pytestmark = [pytest.mark.faults, pytest.mark.quick]
+
 
 def config(path, **settings) -> SourceConfig:
     return SourceConfig(name="text", paths=(str(path),), **settings)

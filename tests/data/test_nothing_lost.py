@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openelm.data.lanes import DocumentOrder
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.stream import BatchStream, DataConfig
 from openelm.text.tokenizer import ByteTokenizer
+
+Corpora = list[tuple[SourceConfig, Manifest, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Start:
     processes: int
     steps: int
     kept: int
+    workers: int = 0
+    """Worker processes of each process."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,19 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, workers: int = 0, most_starts: int = 4) -> Case:
     rows, lanes = draw(st.sampled_from([(4, 4), (8, 4), (4, 8), (8, 8), (4, 16)]))
     starts = []
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, most_starts))):
         steps = draw(st.integers(0, 6))
-        starts.append(Start(draw(st.sampled_from([1, 2, 4])), steps, draw(st.integers(0, steps))))
+        processes, kept = draw(st.sampled_from([1, 2, 4])), draw(st.integers(0, steps))
+        starts.append(Start(processes, steps, kept, draw(st.integers(0, min(workers, 4 // processes)))))
     shape = (draw(st.integers(0, 2)), draw(st.integers(0, 3)), rows, lanes, draw(st.integers(1, 60)))
     return Case(*shape, tuple(starts))
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[SourceConfig, Manifest, list[str]]]:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
     """Three bodies of text: 3, 40 and 150 documents of 4 to about 300 bytes, each with its own number in it."""
     made = []
     random = np.random.Generator(np.random.PCG64(3))
@@ -66,15 +71,15 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[SourceConfig
 
 def run(case: Case, source: SourceConfig, manifest: Manifest, folder: Path) -> list[list[list[int]]]:
     """Go through all starts; returns the rows of inputs that each lane gave in steps that were kept."""
-    config = DataConfig(sources=(source,), lanes=case.lanes, min_characters=0, min_tokens=0, workers=0)
+    config = DataConfig(sources=(source,), lanes=case.lanes, min_characters=0, min_tokens=0)
     lanes: list[list[list[int]]] = [[] for _ in range(case.lanes)]
     state: list[dict[str, Any]] | None = None
     done = 0
     for start in case.starts:
         streams = [
             BatchStream(
-                config, manifest, ByteTokenizer(), folder, seed=case.seed, rows=case.rows, length=case.length,
-                part=(rank, start.processes), cursors=json.loads(json.dumps(state)),
+                config.model_copy(update={"workers": start.workers}), manifest, ByteTokenizer(), folder, seed=case.seed,
+                rows=case.rows, length=case.length, part=(rank, start.processes), cursors=json.loads(json.dumps(state)),
             )
             for rank in range(start.processes)
         ]  # fmt: skip
@@ -108,7 +113,7 @@ def undisturbed(case: Case, manifest: Manifest, texts: list[str], lane: int) -> 
     return itertools.chain.from_iterable(documents(epoch) for epoch in itertools.count())
 
 
-def check(case: Case, corpora: list[tuple[SourceConfig, Manifest, list[str]]], folder: Path) -> None:
+def check(case: Case, corpora: Corpora, folder: Path) -> None:
     source, manifest, texts = corpora[case.corpus]
     steps = sum(start.kept for start in case.starts)
     counts: Counter[Any] = Counter()
@@ -121,25 +126,25 @@ def check(case: Case, corpora: list[tuple[SourceConfig, Manifest, list[str]]], f
     assert set(counts.values()) <= {1}, "a place of an epoch belongs to one lane"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=cases())
+@pytest.mark.parametrize("count", [60, pytest.param(940, marks=pytest.mark.faults)])
 def test_each_token_comes_once_over_kills_resumes_and_changes_of_the_number_of_processes(
-    case: Case, corpora: list[tuple[SourceConfig, Manifest, list[str]]], tokenizer_path: Path
+    count: int, corpora: Corpora, tokenizer_path: Path, check_distinct: Callable[..., None]
 ) -> None:
-    check(case, corpora, tokenizer_path)
+    check_distinct(cases(), count, lambda case: check(case, corpora, tokenizer_path))
 
 
 @pytest.mark.faults
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=cases())
-def test_each_token_comes_once_in_a_thousand_random_histories(
-    case: Case, corpora: list[tuple[SourceConfig, Manifest, list[str]]], tokenizer_path: Path
+def test_each_token_comes_once_over_changes_of_the_number_of_worker_processes_too(
+    corpora: Corpora, tokenizer_path: Path, check_distinct: Callable[..., None]
 ) -> None:
-    check(case, corpora, tokenizer_path)
+    """With the 940 above a thousand histories; starting workers takes nearly all of the time of these."""
+    drawn = cases(workers=2, most_starts=3)
+    with_workers = drawn.filter(lambda case: any(start.steps and start.workers for start in case.starts))
+    check_distinct(with_workers, 60, lambda case: check(case, corpora, tokenizer_path))
 
 
 def test_the_check_sees_a_token_that_is_lost(
-    corpora: list[tuple[SourceConfig, Manifest, list[str]]], tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpora: Corpora, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = BatchStream.cursors
 

@@ -99,7 +99,12 @@ def test_a_document_shorter_than_the_run_does_not_match(tmp_path):
 
 @pytest.mark.parametrize(
     "name, content, code",
-    [("a.jsonl", "{bad\n", "E_JSON"), ("a.csv", "x", "E_FORMAT"), ("gone.txt", None, "E_CHANGED")],
+    [
+        ("a.jsonl", "{bad\n", "E_JSON"),
+        ("a.csv", "x", "E_FORMAT"),
+        ("gone.txt", None, "E_PATH"),
+        ("gone.parquet", None, "E_PATH"),
+    ],
 )
 def test_evaluation_files_that_cannot_be_read_are_refused(tmp_path, name, content, code):
     if content is not None:

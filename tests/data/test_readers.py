@@ -75,6 +75,8 @@ def test_a_block_can_be_read_from_any_row(formats, texts):
                     )
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["data.jsonl.gz", "data.jsonl.zst"])
 @pytest.mark.parametrize("frame", [10**9, 800])
 def test_a_cut_compressed_file_is_noticed_at_64_points(tmp_path, texts, name, frame):

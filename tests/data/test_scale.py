@@ -72,6 +72,8 @@ class Counted(Blocks):
         return super().__getitem__(at)
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 def test_a_seek_looks_at_no_more_blocks_at_the_end_than_at_the_beginning() -> None:
     corpus = source(50, 80, 2)
     counted = Source(
@@ -87,6 +89,8 @@ def test_a_seek_looks_at_no_more_blocks_at_the_end_than_at_the_beginning() -> No
     assert asked == [4, 4, 4]
 
 
+@pytest.mark.faults
+@pytest.mark.quick
 def test_the_last_block_of_a_file_is_read_from_its_own_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(f'{{"text": "{row}"}}\n' for row in range(2000)))

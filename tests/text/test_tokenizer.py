@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +121,54 @@ def check_round_trip(tokenizer: Tokenizer, extra_bytes: int, text: str) -> None:
 
 def test_decode_undoes_encode_and_lengths_add_up(name: str) -> None:
     check_round_trip(made(name), 1 if name in PREFIXED else 0)
+
+
+def random_text(draw: random.Random) -> str:
+    """Up to 18 characters: those that tokenizers treat apart, common ones, and any code point, lone surrogates too."""
+    kinds = (" \n\t\0▁<>/s0xA", range(0x20, 0x250), range(0x110000))
+    drawn = [draw.choices(kind, k=draw.randrange(7)) for kind in draw.sample(kinds, 3)]
+    return "".join(one if isinstance(one, str) else chr(one) for part in drawn for one in part)
+
+
+@pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.faults)])
+def test_random_unicode_comes_back_or_is_refused_for_a_lone_surrogate(name: str, count: int) -> None:
+    tokenizer, draw = made(name), random.Random(0)
+    texts: dict[str, None] = {}
+    lengths, extra_bytes = tokenizer.byte_lengths(), 1 if name in PREFIXED else 0
+    while len(texts) < count:
+        texts[random_text(draw)] = None
+    for text in texts:
+        if any(0xD800 <= ord(character) < 0xE000 for character in text):
+            with pytest.raises(DataError) as error:
+                tokenizer.encode(text)
+            assert error.value.code == "E_TEXT"
+            continue
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert lengths[ids].sum() == len(text.encode()) + (extra_bytes if text else 0)
+
+
+ENDLESS_WORD = """
+import random, resource, sys
+from pathlib import Path
+from openelm.text.tokenizer import load_tokenizer
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))  # what grows with the square of the length is killed
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyzé你🦙", k=1 << 16))
+for text in ("a" * 5_000_000, (letters * 77)[:5_000_000]):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+status = Path("/proc/self/status")
+peaks = [int(line.split()[1]) << 10 for line in status.open() if line.startswith("VmHWM")] if status.exists() else [0]
+assert peaks[0] < 2 << 30, peaks
+"""
+
+
+@pytest.mark.faults
+def test_five_million_characters_without_a_space_take_bounded_time_and_memory(name: str, tmp_path: Path) -> None:
+    made(name).save(tmp_path)
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{ENDLESS_WORD}"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_code_point_comes_back(name: str) -> None:
