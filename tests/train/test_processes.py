@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
@@ -223,6 +224,48 @@ def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
     for found, wanted in zip(bench.history(sharded), bench.history(tmp_path / "run"), strict=True):
         assert found[-1] == wanted[-1]
         assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
+
+
+def test_a_shared_model_starts_with_the_bits_that_the_seed_stands_for(launch: Launch, tmp_path: Path) -> None:
+    """At a learning rate this small an update changes no bit, so the first checkpoint holds the initial weights."""
+    launch.run(
+        tmp_path / "run",
+        2,
+        *SHARDED,
+        "train.steps=1",
+        "schedule.warmup_steps=1",
+        "schedule.peak=1e-30",
+        "schedule.warmup_from=1e-30",
+    )
+    model = ModelConfig.model_validate(json.loads((tmp_path / "run" / "run.json").read_text())["model"])
+    expected = dict(OpenELM(model).initial_weights(torch.Generator().manual_seed(0)))
+    found = load_checkpoint(tmp_path / "run", 1).weights
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def count_gradient_sums(into: Path) -> None:
+    """Write down each time that gradients of shared parameters are added up over processes."""
+    reduce_scatter = torch.distributed.reduce_scatter_single
+
+    def counted(*values: Any, **options: Any) -> Any:
+        with into.open("a") as file:
+            file.write("x")
+        return reduce_scatter(*values, **options)
+
+    torch.distributed.reduce_scatter_single = counted
+
+
+def test_accumulation_over_parts_of_a_batch_sends_no_more_gradients(launch: Launch, tmp_path: Path) -> None:
+    counts = {}
+    for rows in (4, 1):
+        log = tmp_path / f"{rows}.log"
+        settings = (*SHARDED, "train.steps=3", f"train.micro_rows={rows}")
+        launch.run(tmp_path / str(rows), 2, *settings, before={0: functools.partial(count_gradient_sums, log)})
+        counts[rows] = len(log.read_text())
+    assert counts[4] >= 9  # each of two layers and the rest, in each of three steps
+    assert counts[1] == counts[4]
 
 
 def test_a_shared_model_is_saved_in_parts_and_read_whole(sharded: Path) -> None:
