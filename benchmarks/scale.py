@@ -11,9 +11,11 @@ import argparse
 import json
 import pickle
 import platform
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.loader import memory_case, resident_bytes, seek_case, throughput_case, timed
+from openelm.data.blocks import Blocks
 from openelm.data.document import BLOCK_BYTES, Block, Document
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, Shard, Source
+from openelm.data.manifest_file import Survey, read_manifest_file, write_manifest_file
 from openelm.data.packing import Lane, RowSettings
 from openelm.data.reading import SourceReader
 
@@ -78,7 +82,7 @@ def simulated_source(body: Body, *, gzip: bool, scale: float = 1.0) -> Source:
         for held in rows:
             blocks.append(Block(first, held, number, 0, block_bytes))
             first, number = first + held, number + 1
-        shards.append(Shard(f"/{body.name}/{at}", f"{at}", "jsonl", int(size), 0, "0" * 64, first, tuple(blocks)))
+        shards.append(Shard(f"/{body.name}/{at}", f"{at}", "jsonl", int(size), 0, "0" * 64, first, Blocks(blocks)))
     return Source(body.name, tuple(shards), weight=body.tokens)
 
 
@@ -97,10 +101,15 @@ def table_case(scale: float) -> dict[str, Any]:
     late = [Position(0, windows(order) * 95 // 100) for order in orders]
     seeks = {"first_5_percent": seek_seconds(orders, [Position()] * len(orders))}
     seeks["last_5_percent"] = seek_seconds(orders, late)
-    tenth = Manifest(tuple(simulated_mixture(scale=scale / 10)))  # slow: a tenth is enough to see it
-    json_seconds, value = timed(tenth.to_json)
-    dump_seconds, pickled = timed(lambda: len(pickle.dumps(value, protocol=5)))
-    load_seconds, _ = timed(lambda: Manifest.from_json(value))
+    dump_seconds, pickled = timed(lambda: pickle.dumps(Manifest(tuple(sources))))
+    load_seconds, _ = timed(lambda: pickle.loads(pickled))
+    hash_seconds, _ = timed(lambda: Manifest(tuple(sources)).sha256)
+    surveys = [Survey(source, "jsonl", "error", BLOCK_BYTES, len(source.shards), "") for source in sources]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.json"
+        write_seconds, _ = timed(lambda: write_manifest_file(file, surveys))
+        file_bytes = file.stat().st_size
+        read_seconds, _ = timed(lambda: read_manifest_file(file))
     return {
         "blocks": sum(len(shard.blocks) for source in sources for shard in source.shards),
         "documents": sum(source.rows for source in sources),
@@ -110,10 +119,13 @@ def table_case(scale: float) -> dict[str, Any]:
         "order_seconds": order_seconds,
         "first_permutations_seconds": first_seconds,
         "seek_seconds": seeks,
-        "tenth_manifest_to_json_seconds": json_seconds,
-        "tenth_job_pickle_seconds": dump_seconds,
-        "tenth_job_pickle_bytes": pickled,
-        "tenth_manifest_from_json_seconds": load_seconds,
+        "pickle_seconds": dump_seconds,
+        "pickle_bytes": len(pickled),
+        "unpickle_seconds": load_seconds,
+        "hash_seconds": hash_seconds,
+        "file_bytes": file_bytes,
+        "file_write_seconds": write_seconds,
+        "file_read_seconds": read_seconds,
     }
 
 

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -17,6 +19,9 @@ from openelm.errors import CheckpointError, DiskError
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 20
+_LEAST_PIECE_BYTES, _MOST_PIECES = 1 << 12, 1 << 10
+_HEADER_BYTES_MAX = 16 << 20
+_NO_HEADER = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -28,6 +33,17 @@ def sha256_file(path: Path) -> str:
     """Hash a file's content; returns 64 hex digits."""
     with path.open("rb") as file:
         return sha256_stream(file)
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or device, which could go on for ever.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+    return path.read_bytes()
 
 
 def sha256_stream(file: BinaryIO) -> str:
@@ -198,49 +214,100 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> str:
-    """Write `manifest.json` with the size and SHA-256 of every file in a flat folder; returns its own hash."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != MANIFEST and file.is_file()
-    }
-    data = canonical_json({"files": files})
+    """Write `manifest.json` for a flat folder; returns its own hash.
+
+    It holds the size, SHA-256 and pieces' checksums of every file, and a checksum of all that, so that damage to the
+    manifest is not taken for damage to a file.
+    """
+    files = {file.name: _facts(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST and file.is_file()}
+    data = manifest_bytes(files)
     write_atomic(folder / MANIFEST, data)
     return sha256_bytes(data)
+
+
+def manifest_bytes(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Lay out a manifest: what is known of each file, and the checksum of that."""
+    return canonical_json({"crc32": _crc32(canonical_json(files)), "files": files})
+
+
+def piece_bytes(size: int) -> int:
+    """Say how long the pieces of a file are: a power of two, 4 KiB or more, so that there are at most 1,024."""
+    return max(_LEAST_PIECE_BYTES, 1 << (-(-size // _MOST_PIECES) - 1).bit_length())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Read a file once: SHA-256 decides whether it is damaged, the pieces' checksums only say where."""
+    size, digest, pieces = path.stat().st_size, hashlib.sha256(), []
+    with path.open("rb") as file:
+        while data := file.read(piece_bytes(size)):
+            digest.update(data)
+            pieces.append(_crc32(data))
+    return {"bytes": size, "sha256": digest.hexdigest(), "crc32": "".join(pieces)}
+
+
+def _crc32(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def verify_folder(folder: Path, *, names: Iterable[str] = ()) -> str:
     """Check every file against the folder's manifest; returns the manifest's SHA-256.
 
     Raises:
-        CheckpointError: names the first file that is missing, of another size, or of other content.
+        CheckpointError: names the first file that is missing, of another size, or of other content; its `offset` is
+            where the first damaged piece begins, or where the file ends too early or should have ended.
     """
     manifest = folder / MANIFEST
     try:
-        data = manifest.read_bytes()
-        content = json.loads(data)
-        if canonical_json(content) != data:  # a name given twice, or a flipped bit that JSON does not mind
+        data = read_file(manifest)
+        files = json.loads(data)["files"]
+        if manifest_bytes(files) != data:  # a flipped bit, or a name given twice
             raise ValueError
-        files = content["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        expected = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]), str(entry["crc32"])) for name, entry in files.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(
-            "the manifest is missing or unreadable", file=manifest, fix="this folder was not published whole"
+            "the manifest is missing or damaged", file=manifest, fix="this folder was not published whole"
         ) from None
     if missing := [name for name in names if name not in expected]:
         raise CheckpointError(f"the manifest does not list {missing[0]}", file=manifest)
-    for name, (size, digest) in expected.items():
+    for name, (size, digest, checksums) in expected.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise CheckpointError("a file listed in the manifest is missing", file=file)
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file.stat().st_size} bytes, but the manifest says {size}", file=file)
-        if (found := sha256_file(file)) != digest:
-            raise CheckpointError(
-                f"damaged: SHA-256 is {found[:12]}…, but the manifest says {digest[:12]}… (bytes 0–{size})",
-                file=file,
-            )
+        if (found := file.stat().st_size) != size:
+            what = f"{found} bytes, but the manifest says {size}"
+            raise CheckpointError(what, file=file, offset=min(found, size))
+        if sha256_file(file) != digest:
+            raise _damage(file, size, checksums)
     return sha256_bytes(data)
+
+
+def _damage(path: Path, size: int, checksums: str) -> CheckpointError:
+    """Find the first piece of a damaged file that is not what it was."""
+    piece, start = piece_bytes(size), 0
+    with path.open("rb") as file:
+        while data := file.read(piece):
+            if _crc32(data) != checksums[start // piece * 8 :][:8]:
+                what = f"damaged, first in bytes {start} to {start + len(data) - 1} of {size}"
+                return CheckpointError(what + _tensors(path, start, len(data)), file=path, offset=start)
+            start += len(data)
+    return CheckpointError("damaged: another SHA-256 than the manifest's, though no piece is", file=path)
+
+
+def _tensors(path: Path, start: int, length: int) -> str:
+    """Name the tensors of a safetensors file that lie in a damaged piece, if its header lies before the piece."""
+    if path.suffix != ".safetensors":
+        return ""
+    with path.open("rb") as file, contextlib.suppress(*_NO_HEADER):
+        (size,) = struct.unpack("<Q", file.read(8))
+        if 8 + size <= min(start, _HEADER_BYTES_MAX):
+            header = json.loads(file.read(size))
+            places = sorted((*entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+            first = start - 8 - size
+            names = [name for begin, end, name in places if begin < first + length and end > first]
+            return ", tensor" + (f" {names[0]}" if len(names) == 1 else f"s {names[0]} to {names[-1]}")
+    return ""
 
 
 @contextlib.contextmanager

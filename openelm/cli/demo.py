@@ -113,7 +113,7 @@ def _split_documents(manifest: Manifest, split: Path) -> None:
     ranked = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     kept = set(ranked[: max(1, len(texts) // _HELD_OUT_EVERY)])
     with publish_folder(split) as temporary:
-        write_json(temporary / "origin.json", {"sha256": manifest.sha256, **manifest.to_json()})
+        write_json(temporary / "origin.json", manifest.summary())
         for name, wanted in (("train.jsonl", False), ("held-out.jsonl", True)):
             with (temporary / name).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts if (text in kept) is wanted)

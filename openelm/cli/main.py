@@ -8,11 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from openelm import __version__
 from openelm.cli.data_options import add_data_actions
 from openelm.errors import OpenELMError
+from openelm.release.numerics import adopt
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
@@ -61,6 +63,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Read by OpenMP when torch is loaded. Threads that wait for each other without end make a step five to twenty
     # times slower as soon as another program wants a core; with a short wait it is as fast and stays fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if parsed.verb == "verify":
+        adopt(Path(parsed.run))
     try:
         module, function = _HANDLERS[" ".join(filter(None, (parsed.verb, getattr(parsed, "action", None))))]
         handler: Callable[[argparse.Namespace], int] = getattr(
@@ -202,7 +206,7 @@ def _add_verify(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="where your copy of the data is: OLD is how its path begins in run.json; may be repeated",
+        help="where your copy of the data is: OLD is how its path begins in run.json or data.json; may be repeated",
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
 

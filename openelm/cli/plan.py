@@ -82,7 +82,7 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
         train.length,
         precision,
         "cpu" if arguments.device == "cpu" else "gpu",
-        train.recompute_layers,
+        train.recompute,
         train.document_mask,
     )
     mfu, source = _mfu(model.parameters, device, arguments.mfu)
@@ -90,7 +90,7 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
     tokens = train.steps * train.rows * train.length
     time = run_time(
         model.plan, vocab_size, tokens=tokens, length=train.length, devices=devices,
-        flops_per_second=device.flops_per_second, mfu=mfu, recompute=train.recompute_layers,
+        flops_per_second=device.flops_per_second, mfu=mfu, recompute=train.recompute,
     )  # fmt: skip
     assumptions = (
         *notes,

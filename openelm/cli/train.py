@@ -27,6 +27,7 @@ from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.average import average_checkpoints
 from openelm.train.distributed import ALONE, Processes, open_processes
+from openelm.train.ledger import ledger_head
 from openelm.train.loop import Observer, train
 from openelm.train.objectives import NextToken
 from openelm.train.progress import ProgressDisplay, TensorBoard
@@ -47,7 +48,7 @@ def train_recipe(arguments: argparse.Namespace) -> int:
             run = open_run(folder, config, allow_change=arguments.allow_change)
         processes.wait_for_all()
         if not processes.leads:
-            run = open_run(folder, config, allow_change=arguments.allow_change)
+            run = open_run(folder, config, allow_change=arguments.allow_change, leads=False)
         train_run(run, console, processes)
         if not processes.leads:
             return 0
@@ -136,7 +137,8 @@ def publish_average(run: Path, last: int, target: Path) -> list[int]:
     model = OpenELM(ModelConfig.parse(description["model"], file=run / "run.json"))
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(run / "tokenizer")
-    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), replace=True)
+    origin = {"averaged_steps": steps, "ledger_head": ledger_head(run / "ledger.jsonl")}
+    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), origin=origin, replace=True)
     return steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
@@ -24,8 +24,7 @@ class Document:
     row: int
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A stretch of rows that can be read without reading the whole file.
 
     Args:

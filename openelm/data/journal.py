@@ -8,11 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openelm.data.manifest import Shard, shard_from_json, shard_json
+from openelm.data.manifest import Shard, State, shard_from_json, shard_json
 from openelm.errors import ConfigError
 from openelm.files import canonical_json, disk_errors, lock_file
-
-State = tuple[int, int, str]  # bytes, time of change, version: as of `file_state`
 
 
 class Journal:
@@ -72,7 +70,7 @@ class Journal:
                     shard = shard_from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     break
-                self._shards[shard.name, (shard.bytes, shard.modified_ns, shard.version)] = shard
+                self._shards[shard.name, shard.state] = shard
             end += len(line)
         with disk_errors(self._path):
             self._file.truncate(end)  # a line that a kill cut short is done again

@@ -73,7 +73,7 @@ class DocumentOrder:
         self._key = f"openelm/{seed}/{source.name}"
         # Ends of the shards in a numbering of all blocks; a list of the blocks themselves would be as long as they are.
         self._ends = list(accumulate(len(shard.blocks) for shard in source.shards))
-        total_bytes = sum(block.bytes for shard in source.shards for block in shard.blocks)
+        total_bytes = sum(shard.blocks.bytes for shard in source.shards)
         mean_bytes = total_bytes // self._ends[-1]
         self._window_blocks = max(1, min(WINDOW_BLOCKS, WINDOW_BYTES // max(1, mean_bytes)))
 
@@ -99,7 +99,7 @@ class DocumentOrder:
         epoch, window, slice_ = position.epoch, position.window, position.slice + 1
         if slice_ >= self._slices(self._window(lane, epoch, window)):
             window, slice_ = window + 1, 0
-        while not self._window(lane, epoch, window):
+        while not self._places(lane, epoch, window):
             epoch, window = epoch + 1, 0
         return Position(epoch, window, slice_)
 
@@ -116,13 +116,16 @@ class DocumentOrder:
             position = self.next_slice(lane, position)
 
     def _window(self, lane: int, epoch: int, window: int) -> list[tuple[int, Block]]:
+        order = _epoch_permutation(f"{self._key}/{epoch}", self._ends[-1])
+        return [self._block(int(order[place])) for place in self._places(lane, epoch, window)]
+
+    def _places(self, lane: int, epoch: int, window: int) -> range:
+        """List a window's places in the epoch's permutation; none past the lane's end."""
         count = self._ends[-1]
-        first = -(-(epoch * count - lane) // self._lanes)
+        first = -(-(epoch * count - lane) // self._lanes) + window * self._window_blocks
         stop = -(-((epoch + 1) * count - lane) // self._lanes)
-        first += window * self._window_blocks
-        places = range(first, min(stop, first + self._window_blocks))
-        order = _epoch_permutation(f"{self._key}/{epoch}", count)
-        return [self._block(int(order[lane + self._lanes * place - epoch * count])) for place in places]
+        start, stop = lane - epoch * count, min(stop, first + self._window_blocks)
+        return range(start + self._lanes * first, start + self._lanes * stop, self._lanes)
 
     def _block(self, number: int) -> tuple[int, Block]:
         """Find a block by its number over all shards, with the shard it is in."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from openelm.config import Config
-from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Block, ReadOptions
+from openelm.data.blocks import Blocks
+from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, ReadOptions
 from openelm.data.paths import expand_paths
 from openelm.data.readers import READERS, format_of
 from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_bytes, sha256_file, sha256_stream
+from openelm.files import canonical_json, sha256_file
+
+State = tuple[int, int, str]  # bytes, time of change, version
+_ASKING_THREADS = 16
 
 
 class SourceConfig(Config):
@@ -37,6 +44,10 @@ class SourceConfig(Config):
     """Cut a txt file at the first blank line after this many bytes; None: one file is one document."""
     max_document_bytes: PositiveInt = MAX_DOCUMENT_BYTES
 
+    def source(self, shards: tuple[Shard, ...] = ()) -> Source:
+        """Return the source of these settings and files."""
+        return Source(self.name, shards, **{name: getattr(self, name) for name in _SETTINGS})
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -49,9 +60,14 @@ class Shard:
     modified_ns: int
     sha256: str
     rows: int
-    blocks: tuple[Block, ...]
+    blocks: Blocks
     version: str = ""
     """Behind a URL: what the store calls this content, its ETag or time of change."""
+
+    @property
+    def state(self) -> State:
+        """What `file_state` said of the file when the manifest was made."""
+        return self.bytes, self.modified_ns, self.version
 
     def check_unchanged(self, *, whole: bool = False) -> None:
         """Compare the file with the manifest: size and time of change, and its SHA-256 if either differs.
@@ -65,7 +81,7 @@ class Shard:
         path = data_path(self.path)
         try:
             state = file_state(path)
-            if not whole and state == (self.bytes, self.modified_ns, self.version):
+            if not whole and state == self.state:
                 return
             found = retried(lambda: _sha256(path) if whole else _remembered_sha256(path, *state))
         except OSError as error:
@@ -110,28 +126,27 @@ class Manifest:
     @functools.cached_property
     def sha256(self) -> str:
         """Hash what decides the documents: not the folders the files lie in, nor when they were written."""
-        value = self.to_json()
-        for source in value["sources"]:
-            for shard in source["shards"]:
-                del shard["path"], shard["modified_ns"], shard["version"]
-        return sha256_bytes(canonical_json(value))
+        digest = hashlib.sha256(b"{")
+        for piece in encode_sources(
+            (source_json(source), map(_content_json, source.shards)) for source in self.sources
+        ):
+            digest.update(piece)
+        digest.update(b"}")
+        return digest.hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data that `from_json` turns into an equal manifest."""
-        return {"sources": [source_json(source) for source in self.sources]}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Manifest:
-        """Rebuild a manifest from plain data.
-
-        Raises:
-            DataError: the data is not a manifest.
-        """
-        try:
-            return cls(tuple(source_from_json(source) for source in value["sources"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            fix = "build the manifest again"
-            raise DataError(f"not a data manifest ({type(error).__name__}: {error})", fix=fix) from None
+    def summary(self) -> dict[str, Any]:
+        """Return the hash, and of each source what people want to know at a glance, as plain data."""
+        sources = [
+            {
+                "name": source.name,
+                "files": len(source.shards),
+                "rows": source.rows,
+                "bytes": sum(shard.bytes for shard in source.shards),
+                "weight": source.weight,
+            }
+            for source in self.sources
+        ]
+        return {"sha256": self.sha256, "sources": sources}
 
     def check_unchanged(self, *, whole: bool = False) -> None:
         """Check every file; cheap unless files were moved or `whole` asks to hash all of them.
@@ -139,35 +154,89 @@ class Manifest:
         Raises:
             DataError: E_CHANGED for the first file that differs.
         """
-        for source in self.sources:
-            for shard in source.shards:
-                shard.check_unchanged(whole=whole)
+        shards = [shard for source in self.sources for shard in source.shards]
+        with ThreadPoolExecutor(_ASKING_THREADS) as threads:
+            list(threads.map(lambda shard: shard.check_unchanged(whole=whole), shards))  # the first error in list order
 
 
 def source_json(source: Source) -> dict[str, Any]:
-    """Return plain data that `source_from_json` turns into an equal source."""
-    value = {name: getattr(source, name) for name in ("name", *_SETTINGS)}
-    return {**value, "shards": [shard_json(shard) for shard in source.shards]}
+    """Return a source's name and settings as plain data, without its shards."""
+    return {**{name: getattr(source, name) for name in ("name", *_SETTINGS)}, "shards": []}
+
+
+def encode_sources(sources: Iterable[tuple[Mapping[str, Any], Iterable[Mapping[str, Any]]]]) -> Iterator[bytes]:
+    """Encode `"sources":[…]` as canonical JSON, a shard at a time: the text of all blocks is large.
+
+    Args:
+        sources: plain data with one empty list of shards in it, and the shards that belong there.
+    """
+    yield b'"sources":['
+    for number, (source, shards) in enumerate(sources):
+        before, after = canonical_json(source).split(b'"shards":[]')  # a quote inside a text has a backslash before it
+        yield (b"," if number else b"") + before + b'"shards":['
+        for at, shard in enumerate(shards):
+            yield (b"," if at else b"") + canonical_json(shard)
+        yield b"]" + after
+    yield b"]"
 
 
 def shard_json(shard: Shard) -> dict[str, Any]:
     """Return plain data that `shard_from_json` turns into an equal shard."""
     value = {name: getattr(shard, name) for name in Shard.__slots__}
-    blocks = [[block.first_row, block.rows, block.offset, block.skip_rows, block.bytes] for block in shard.blocks]
-    return {**value, "blocks": blocks}
+    return {**value, "blocks": shard.blocks.to_json()}
+
+
+def _content_json(shard: Shard) -> dict[str, Any]:
+    left_out = ("path", "modified_ns", "version")
+    return {name: value for name, value in shard_json(shard).items() if name not in left_out}
 
 
 def shard_from_json(value: dict[str, Any]) -> Shard:
-    """Rebuild a shard from plain data; KeyError, TypeError or ValueError when it is none."""
-    return Shard(**{**value, "blocks": tuple(Block(*map(int, block)) for block in value["blocks"])})
+    """Rebuild a shard from plain data.
+
+    Raises:
+        ValueError: it is none.
+    """
+    check_kinds(value, _SHARD_KINDS)
+    return Shard(**{**value, "blocks": Blocks(value["blocks"])})
 
 
-def source_from_json(value: dict[str, Any]) -> Source:
-    """Rebuild a source from plain data; KeyError, TypeError or ValueError when it is none."""
-    return Source(**{**value, "shards": tuple(map(shard_from_json, value["shards"]))})
+def source_from_json(value: dict[str, Any], shards: Iterable[Shard]) -> Source:
+    """Rebuild a source from plain data and its shards.
+
+    Raises:
+        ValueError: it is none.
+    """
+    check_kinds(value, _SOURCE_KINDS)
+    return Source(**{**value, "shards": tuple(shards)})
 
 
-def file_state(path: DataPath) -> tuple[int, int, str]:
+def check_kinds(value: Any, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Hold plain data to the names and the types of its values.
+
+    Raises:
+        ValueError: names the first that is missing, unknown or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, where an object is expected")
+    for name in sorted({*value, *kinds}):
+        if name not in kinds or type(value.get(name, ...)) not in kinds[name]:
+            given = type(value[name]).__name__ if name in value else "nothing"
+            raise ValueError(f"{name[:40]!r} is {given}")
+
+
+_SHARD_KINDS = {
+    **dict.fromkeys(("path", "name", "format", "sha256", "version"), (str,)),
+    **dict.fromkeys(("bytes", "modified_ns", "rows"), (int,)),
+    "blocks": (list,),
+}
+_SOURCE_KINDS = {
+    **dict.fromkeys(("name", "text_key"), (str,)),
+    **{"weight": (float, int), "document_bytes": (int, type(None)), "max_document_bytes": (int,), "shards": (list,)},
+}
+
+
+def file_state(path: DataPath) -> State:
     """Return size, time of change and version: what tells cheaply that a file is the same.
 
     Raises:
@@ -180,9 +249,18 @@ def file_state(path: DataPath) -> tuple[int, int, str]:
     return status.st_size, status.st_mtime_ns, getattr(status, "version", "")
 
 
+def file_states(paths: Sequence[DataPath]) -> list[State]:
+    """Return the state of each file; many are asked for at once, because a store takes its time to answer.
+
+    Raises:
+        DataError: the first file that is gone or may not be read.
+    """
+    with ThreadPoolExecutor(_ASKING_THREADS) as threads:
+        return list(threads.map(file_state, paths))
+
+
 def _sha256(path: DataPath) -> str:
-    with path.open("rb") as file:
-        return sha256_stream(file)
+    return path.sha256() if isinstance(path, Url) else sha256_file(path)
 
 
 _remembered_sha256: Callable[[DataPath, int, int, str], str] = functools.lru_cache(maxsize=1 << 16)(
@@ -198,12 +276,15 @@ def build_manifest(
     *,
     on_bad_row: Literal["error", "skip"] = "error",
     block_bytes: int = BLOCK_BYTES,
+    known: Mapping[str, Sequence[Shard]] = MappingProxyType({}),
 ) -> Manifest:
     """Find, hash and scan every file of every source.
 
     Args:
         on_bad_row: "skip" lets a row over the source's size limit pass; reading then counts it as dropped.
         block_bytes: about how much of a large file one block holds.
+        known: by source, what an earlier scan with the same settings found; files that did not change since are
+            taken from there.
 
     Raises:
         ConfigError: two sources share a name.
@@ -214,19 +295,31 @@ def build_manifest(
         raise ConfigError(f"sources must have different names (given: {', '.join(names) or 'no source'})")
     sources = []
     for config in configs:
-        options = ReadOptions(config.name, config.text_key, config.document_bytes, config.max_document_bytes)
+        options = config.source().options
         strict = on_bad_row == "error"
+        files = expand_paths(config.paths, config.exclude)
+        unchanged = _unchanged(files, known.get(config.name, ()))
         shards = tuple(
-            scan_shard(name, path, config.format, options, strict=strict, block_bytes=block_bytes)
-            for name, path in expand_paths(config.paths, config.exclude)
+            unchanged.get(path)
+            or scan_shard(name, path, config.format, options, strict=strict, block_bytes=block_bytes)
+            for name, path in files
         )
-        settings = {name: getattr(config, name) for name in _SETTINGS}
-        source = Source(config.name, shards, **settings)
+        source = config.source(shards)
         if not source.rows:
             what = f"source {config.name!r} is empty: {len(shards)} files hold no text"
             raise DataError(what, fix="give files with text", file=", ".join(config.paths), code="E_EMPTY")
         sources.append(source)
     return Manifest(tuple(sources))
+
+
+def _unchanged(files: Sequence[tuple[str, DataPath]], known: Sequence[Shard]) -> dict[DataPath, Shard]:
+    """Find the files whose place, name, size, time of change and version are those of a known entry."""
+    entries = {(shard.name, shard.path): shard for shard in known}
+    asked = [(path, entries[name, str(path)]) for name, path in files if (name, str(path)) in entries]
+    states = file_states([path for path, _ in asked])
+    pairs = zip(asked, states, strict=True)
+    # A store that gives neither time nor version says nothing about the content.
+    return {path: shard for (path, shard), state in pairs if state == shard.state and any(state[1:])}
 
 
 def scan_shard(
@@ -243,10 +336,10 @@ def scan_shard(
     """
     kind = format_of(path) if kind == "auto" else kind
 
-    def scan() -> tuple[str, tuple[Block, ...]]:
+    def scan() -> tuple[str, Blocks]:
         with local_copy(path) if isinstance(path, Url) else contextlib.nullcontext(path) as local:
             try:
-                blocks = READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes)
+                blocks = Blocks(READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes))
             except DataError as error:
                 raise error if local == path else _about(path, error) from None
             return sha256_file(local), blocks
@@ -261,8 +354,7 @@ def scan_shard(
         fix = "wait until it is complete"
         raise DataError("the file is being written to", fix=fix, file=path, code="E_CHANGED")
     size, modified_ns, version = after
-    rows = sum(block.rows for block in blocks)
-    return Shard(str(path), name, kind, size, modified_ns, digest, rows, blocks, version)
+    return Shard(str(path), name, kind, size, modified_ns, digest, blocks.rows, blocks, version)
 
 
 def _about(path: DataPath, error: DataError) -> DataError:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from openelm.data.manifest import Manifest, Shard, Source, source_from_json, source_json
+from openelm.data.document import BLOCK_BYTES
+from openelm.data.manifest import (
+    Manifest,
+    Shard,
+    Source,
+    SourceConfig,
+    build_manifest,
+    check_kinds,
+    encode_sources,
+    shard_from_json,
+    shard_json,
+    source_from_json,
+    source_json,
+)
 from openelm.data.remote import is_url
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_bytes, write_atomic
+from openelm.files import canonical_json, replacing, sha256_bytes
 
 VERSION = 1
 _KIND = "openelm data manifest"
+_HEAD, _HASH_HEAD, _HASH_END = b'{"kind":"%s",' % _KIND.encode(), b'"sha256":"', b'",'
+_CONTENT = len(_HEAD) + len(_HASH_HEAD) + 64 + len(_HASH_END)  # where what the hash covers goes on
 _AGAIN = "build the manifest again, or take an undamaged copy"
 
 
@@ -41,14 +57,16 @@ class Survey:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be equal in all parts of one source."""
+        """What decides the entries of a source's files; equal in all its parts."""
         value = {name: getattr(self, name) for name in ("format", "on_bad_row", "block_bytes")}
-        source = source_json(replace(self.source, shards=()))
-        return {**value, **{name: source[name] for name in source if name != "shards"}}
+        return {**value, **{name: item for name, item in source_json(self.source).items() if name not in _NO_SETTINGS}}
 
     def with_shards(self, shards: Sequence[Shard]) -> Survey:
         """Return the same survey with these files."""
         return replace(self, source=replace(self.source, shards=tuple(shards)))
+
+
+_NO_SETTINGS = ("shards", "weight")
 
 
 def listing_sha256(files: Sequence[tuple[str, int]]) -> str:
@@ -63,11 +81,22 @@ def write_manifest_file(path: Path, surveys: Sequence[Survey]) -> str:
         DiskError: the file cannot be written.
     """
     folder = Path(os.path.abspath(path)).parent
-    content: dict[str, Any] = {"kind": _KIND, "version": VERSION}
-    content["sources"] = [_survey_json(survey, folder) for survey in surveys]
-    content["sha256"] = sha256_bytes(canonical_json(content))
-    write_atomic(path, canonical_json(content) + b"\n")
-    return str(content["sha256"])
+    digest = hashlib.sha256(_HEAD)
+    for piece in _content(surveys, folder):
+        digest.update(piece)
+    with replacing(path) as file:
+        file.write(_HEAD + _HASH_HEAD + digest.hexdigest().encode() + _HASH_END)
+        file.writelines(_content(surveys, folder))  # made twice rather than held: it can be larger than memory
+        file.write(b"\n")
+    return digest.hexdigest()
+
+
+def _content(surveys: Iterable[Survey], folder: Path) -> Iterator[bytes]:
+    """Encode what a manifest file's hash covers after its head: the keys of canonical JSON in their order."""
+    yield from encode_sources(
+        (_survey_json(survey), (_shard_json(shard, folder) for shard in survey.source.shards)) for survey in surveys
+    )
+    yield b',"version":%d}' % VERSION
 
 
 def read_manifest_file(path: Path) -> tuple[Survey, ...]:
@@ -82,31 +111,52 @@ def read_manifest_file(path: Path) -> tuple[Survey, ...]:
         fix = "make it with `openelm data manifest`"
         what = f"cannot read the manifest: {error.strerror or type(error).__name__}"
         raise DataError(what, fix=fix, file=path, code="E_READ") from None
+    digest = hashlib.sha256(_HEAD)
+    digest.update(memoryview(data)[_CONTENT:-1])
+    if not data.startswith(_HEAD + _HASH_HEAD + digest.hexdigest().encode() + _HASH_END) or data[-1:] != b"\n":
+        raise _damaged(data, digest.hexdigest(), path)
+    folder = Path(os.path.abspath(path)).parent
+
+    def compact(value: dict[str, Any]) -> Any:  # a shard at a time: lists of numbers take ten times the memory
+        return _shard_from_json(value, folder) if "blocks" in value else value
+
     try:
-        content = json.loads(data)
-        kind, version = content.get("kind"), content.get("version")
-    except (ValueError, AttributeError, RecursionError):
-        raise DataError(
-            "the manifest is damaged: it is not the JSON it was", fix=_AGAIN, file=path, code="E_CORRUPT"
-        ) from None
-    if kind != _KIND or version != VERSION:
-        what = f"kind {kind!r}, version {version!r}; this program reads {_KIND!r}, version {VERSION}"
-        raise DataError(what, fix="make it with `openelm data manifest`", file=path, code="E_FORMAT")
-    expected = content.pop("sha256", None)
-    found = sha256_bytes(canonical_json(content))
-    if found != expected or canonical_json({**content, "sha256": expected}) + b"\n" != data:
-        what = f"the manifest is damaged: its SHA-256 is {found}, but it says {str(expected)[:64]}"
-        raise DataError(what, fix=_AGAIN, file=path, code="E_CORRUPT")
-    try:
-        folder = Path(os.path.abspath(path)).parent
-        return tuple(_survey_from_json(value, folder) for value in content["sources"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"not a data manifest ({type(error).__name__}: {error})"
+        content = json.loads(data, object_hook=compact)
+        if content["version"] != VERSION:
+            raise _other_kind(content, path)
+        return tuple(map(_survey_from_json, content["sources"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        what = f"not a data manifest ({type(error).__name__}: {str(error)[:160]})"
         raise DataError(what, fix=_AGAIN, file=path, code="E_CORRUPT") from None
 
 
-def load_manifest(path: Path, weights: Mapping[str, float] | None = None) -> Manifest:
-    """Read the manifest of a run.
+def _damaged(data: bytes, digest: str, path: Path) -> DataError:
+    """Tell a manifest that is not what its hash says from a file of another kind or version."""
+    try:
+        content = json.loads(data)
+        given = content.get("kind"), content.get("version")
+    except (ValueError, AttributeError, RecursionError):
+        what = "the manifest is damaged: it is not the JSON it was"
+        return DataError(what, fix=_AGAIN, file=path, code="E_CORRUPT")
+    if given != (_KIND, VERSION):
+        return _other_kind(content, path)
+    what = f"the manifest is damaged: its SHA-256 is {digest}, but it says {str(content.get('sha256'))[:64]}"
+    return DataError(what, fix=_AGAIN, file=path, code="E_CORRUPT")
+
+
+def _other_kind(content: dict[str, Any], path: Path) -> DataError:
+    given = f"kind {content.get('kind')!r}, version {content.get('version')!r}"
+    what = f"{given}; this program reads {_KIND!r}, version {VERSION}"
+    return DataError(what, fix="make it with `openelm data manifest`", file=path, code="E_FORMAT")
+
+
+def manifest_of(surveys: Iterable[Survey]) -> Manifest:
+    """Return the sources of surveys."""
+    return Manifest(tuple(survey.source for survey in surveys))
+
+
+def load_surveys(path: Path, weights: Mapping[str, float] | None = None) -> tuple[Survey, ...]:
+    """Read a manifest that a recipe names.
 
     Args:
         weights: the sources' shares of the training tokens, by name; 1 for those not named.
@@ -125,8 +175,41 @@ def load_manifest(path: Path, weights: Mapping[str, float] | None = None) -> Man
             fix = "join all parts with `openelm data merge`"
             raise ConfigError(f"this is part {survey.part} of {survey.parts} of a manifest", file=path, fix=fix)
         check_has_text(survey, path)
-    sources = (survey.source for survey in surveys)
-    return Manifest(tuple(replace(source, weight=(weights or {}).get(source.name, 1.0)) for source in sources))
+    shares = {name: (weights or {}).get(name, 1.0) for name in names}
+    sources = (replace(survey.source, weight=shares[survey.source.name]) for survey in surveys)
+    return tuple(replace(survey, source=source) for survey, source in zip(surveys, sources, strict=True))
+
+
+def load_manifest(path: Path, weights: Mapping[str, float] | None = None) -> Manifest:
+    """Read a manifest that a recipe names, without how it was made; raises what `load_surveys` does."""
+    return manifest_of(load_surveys(path, weights))
+
+
+def survey_sources(
+    configs: Sequence[SourceConfig], *, on_bad_row: Literal["error", "skip"] = "error", known: Sequence[Survey] = ()
+) -> tuple[Survey, ...]:
+    """Find every file of every source, hash and scan those that changed since; raises what `build_manifest` does.
+
+    Args:
+        known: what an earlier call found; sources with other settings than then are scanned anew.
+    """
+
+    def survey_of(config: SourceConfig, source: Source) -> Survey:
+        listing = _listing_of(source.shards)
+        return Survey(source, config.format, on_bad_row, BLOCK_BYTES, len(source.shards), listing)
+
+    earlier = {survey.source.name: survey for survey in known}
+    usable = {
+        config.name: earlier[config.name].source.shards
+        for config in configs
+        if config.name in earlier and earlier[config.name].settings == survey_of(config, config.source()).settings
+    }
+    manifest = build_manifest(configs, on_bad_row=on_bad_row, known=usable)
+    return tuple(map(survey_of, configs, manifest.sources))
+
+
+def _listing_of(shards: Iterable[Shard]) -> str:
+    return listing_sha256([(shard.name, shard.bytes) for shard in shards])
 
 
 def check_has_text(survey: Survey, path: Path | str) -> None:
@@ -173,7 +256,7 @@ def _join(name: str, group: Sequence[tuple[Path, Survey]]) -> Survey:
             raise DataError("the part does not hold the files it should", fix=_AGAIN, file=path, code="E_CORRUPT")
         shards[survey.part - 1 :: survey.parts] = survey.source.shards
     whole = tuple(filter(None, shards))
-    if listing_sha256([(shard.name, shard.bytes) for shard in whole]) != first.listing_sha256:
+    if _listing_of(whole) != first.listing_sha256:
         what = "the files of the parts are not those of the list"
         raise DataError(what, fix=_AGAIN, file=first_path, code="E_CORRUPT")
     joined = replace(first.with_shards(whole), part=1, parts=1)
@@ -195,18 +278,32 @@ def _check_fits(name: str, first_path: Path, first: Survey, path: Path, survey: 
         raise ConfigError(f"{lists} are of different lists of files", fix=fix)
 
 
-def _survey_json(survey: Survey, folder: Path) -> dict[str, Any]:
-    value = source_json(survey.source)
-    for shard in value["shards"]:
-        if not is_url(shard["path"]) and Path(shard["path"]).is_relative_to(folder):
-            shard["path"] = Path(shard["path"]).relative_to(folder).as_posix()
-    names = (name for name in Survey.__slots__ if name != "source")
-    return {"source": value, **{name: getattr(survey, name) for name in names}}
+def _survey_json(survey: Survey) -> dict[str, Any]:
+    return {**{name: getattr(survey, name) for name in Survey.__slots__}, "source": source_json(survey.source)}
 
 
-def _survey_from_json(value: dict[str, Any], folder: Path) -> Survey:
-    source = source_from_json(value["source"])
-    shards = tuple(
-        shard if is_url(shard.path) else replace(shard, path=str(folder / shard.path)) for shard in source.shards
-    )
-    return Survey(**{**value, "source": source}).with_shards(shards)
+def _survey_from_json(value: dict[str, Any]) -> Survey:
+    check_kinds(value, _KINDS)
+    shards = value["source"].get("shards")
+    if not all(isinstance(shard, Shard) for shard in shards):
+        raise ValueError("an entry without blocks")
+    return Survey(**{**value, "source": source_from_json(value["source"], shards)})
+
+
+_KINDS = {
+    "source": (dict,),
+    **dict.fromkeys(("format", "on_bad_row", "listing_sha256"), (str,)),
+    **dict.fromkeys(("block_bytes", "listed", "part", "parts"), (int,)),
+}
+
+
+def _shard_json(shard: Shard, folder: Path) -> dict[str, Any]:
+    value = shard_json(shard)
+    if not is_url(shard.path) and Path(shard.path).is_relative_to(folder):
+        value["path"] = Path(shard.path).relative_to(folder).as_posix()
+    return value
+
+
+def _shard_from_json(value: dict[str, Any], folder: Path) -> Shard:
+    shard = shard_from_json(value)
+    return shard if is_url(shard.path) else replace(shard, path=str(folder / shard.path))

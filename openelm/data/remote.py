@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +14,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from openelm.data.retry import TRIES, may_pass, retried
-from openelm.errors import ConfigError, DataError
+from openelm.data.web import Fetch, Take
+from openelm.errors import ConfigError, DataError, OpenELMError
 from openelm.files import disk_errors
 
 _CHUNK_BYTES = 4 << 20
@@ -32,8 +35,8 @@ class UrlStatus(NamedTuple):
 class Url(str):
     """The address of a data file, with the few members of `Path` that readers use.
 
-    Reads ask for ranges of bytes, each up to three times while the connection or the server fails, and each
-    must come whole. Needs the extra `remote`.
+    Reads ask for ranges of bytes, up to three times in a row while the connection or the server fails, and must
+    come whole. Needs the extra `remote`.
     """
 
     __slots__ = ()
@@ -65,7 +68,7 @@ class Url(str):
         info = self._guarded(ask)
         if not isinstance(info.get("size"), int):
             raise self._unreadable("the server does not say how large the file is")
-        names = ("ETag", "etag", "LastModified", "mtime", "created")
+        names = ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "created")
         return UrlStatus(info["size"], 0, next((str(info[name]) for name in names if info.get(name)), ""))
 
     def open(self, mode: str = "rb") -> BinaryIO:
@@ -76,25 +79,57 @@ class Url(str):
             DataError: E_READ naming the URL, here or from a later read.
         """
         assert mode == "rb", "data files are only read"
-        return io.BufferedReader(_Ranges(self, self.stat().st_size), _CHUNK_BYTES)
+        return io.BufferedReader(_Ranges(self, self.stat()), _CHUNK_BYTES)
 
-    def read_range(self, start: int, stop: int) -> bytes:
-        """Read bytes [start, stop), all of them.
+    def read_whole(self, take: Take) -> None:
+        """Give all bytes of the file to a function; it may be told to begin again.
+
+        Of a store other than a web server the caller compares the status before and after, or the hash.
 
         Raises:
-            DataError: E_READ naming the URL.
+            FileNotFoundError: nothing is there.
+            DataError: E_READ naming the URL; E_CHANGED when a web server's file changed on the way.
+        """
+        status = self.stat()
+        self.read_range(status, 0, status.st_size, take)
+
+    def sha256(self) -> str:
+        """Hash the file; raises what `read_whole` does."""
+        digest = hashlib.sha256()
+
+        def take(place: int, data: bytes) -> None:
+            nonlocal digest
+            digest = digest if place else hashlib.sha256()
+            digest.update(data)
+
+        self.read_whole(take)
+        return digest.hexdigest()
+
+    def read_range(self, status: UrlStatus, start: int, stop: int, take: Take) -> None:
+        """Give bytes [start, stop) to a function, all of them.
+
+        Args:
+            status: of the file that is meant; a web server's answers are held to its size and version.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            DataError: E_READ naming the URL; E_CHANGED when a web server has another file by now.
         """
         system, path = _system(self)
+        if self.startswith(("http://", "https://")):
+            fetch = Fetch(system, self, status.st_size, status.version, start, stop, take)
+            return self._translated(fetch.run)
+        for at in range(start, stop, _CHUNK_BYTES):
+            take(at, self._guarded(functools.partial(_cat, system, path, at, min(stop, at + _CHUNK_BYTES))))
 
-        def fetch() -> bytes:
-            data: bytes = system.cat_file(path, start=start, end=stop)
-            if len(data) > stop - start:
-                raise self._unreadable("the server ignores the range of bytes that was asked for")
-            if len(data) < stop - start:
-                raise ConnectionError(f"{len(data)} bytes came instead of {stop - start}")
-            return data
-
-        return self._guarded(fetch)
+    def _translated(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except (FileNotFoundError, OpenELMError):
+            raise
+        except Exception as error:  # each store's library has errors of its own
+            what = f"{type(error).__name__}: {str(error)[:160]}"
+            raise self._unreadable(f"cannot read it in {TRIES} tries, or it is refused ({what})") from None
 
     def _guarded(self, call: Callable[[], T]) -> T:
         def plainly() -> T:
@@ -105,24 +140,25 @@ class Url(str):
                     raise error.__cause__ from None
                 raise
 
-        try:
-            return retried(plainly)
-        except (FileNotFoundError, DataError):
-            raise
-        except Exception as error:  # each store's library has errors of its own
-            what = f"{type(error).__name__}: {str(error)[:160]}"
-            raise self._unreadable(f"cannot read it in {TRIES} tries, or it is refused ({what})") from None
+        return self._translated(lambda: retried(plainly))
 
     def _unreadable(self, what: str) -> DataError:
         return DataError(what, fix=_FIX, file=self, code="E_READ")
+
+
+def _cat(system: Any, path: str, start: int, stop: int) -> bytes:
+    data: bytes = system.cat_file(path, start=start, end=stop)
+    if len(data) != stop - start:
+        raise ConnectionError(f"{len(data)} bytes came instead of {stop - start}")
+    return data
 
 
 DataPath: TypeAlias = Path | Url
 
 
 class _Ranges(io.RawIOBase):
-    def __init__(self, url: Url, size: int) -> None:
-        self._url, self._size, self._at = url, size, 0
+    def __init__(self, url: Url, status: UrlStatus) -> None:
+        self._url, self._status, self._at = url, status, 0
 
     def readable(self) -> bool:
         return True
@@ -131,7 +167,7 @@ class _Ranges(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._status.st_size}[whence]
         if start + offset < 0:
             raise OSError(errno.EINVAL, "a place before the start of the file")
         self._at = start + offset
@@ -142,13 +178,16 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        stop = min(self._at + len(view), self._size)
-        if stop <= self._at:
+        start, stop = self._at, min(self._at + len(view), self._status.st_size)
+        if stop <= start:
             return 0
-        data = self._url.read_range(self._at, stop)
-        view[: len(data)] = data
+
+        def take(place: int, data: bytes) -> None:
+            view[place - start : place - start + len(data)] = data
+
+        self._url.read_range(self._status, start, stop, take)
         self._at = stop
-        return len(data)
+        return stop - start
 
 
 def is_url(text: str) -> bool:
@@ -198,14 +237,23 @@ def local_copy(url: Url) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        DataError: E_READ naming the URL.
+        DataError: E_READ naming the URL; E_CHANGED when a web server's file changed on the way.
         DiskError: the folder for temporary files is full.
     """
     with tempfile.TemporaryDirectory(prefix="openelm-") as folder:
         path = Path(folder) / url.name
-        with url.open() as source, disk_errors(path), path.open("wb") as target:
-            while data := source.read(_CHUNK_BYTES):
-                target.write(data)
+        with disk_errors(path):
+            target = path.open("wb", buffering=0)
+
+        def take(place: int, data: bytes) -> None:
+            with disk_errors(path):
+                target.truncate(place)
+                target.seek(place)
+                while data:
+                    data = data[target.write(data) :]
+
+        with target:
+            url.read_whole(take)
         yield path
 
 

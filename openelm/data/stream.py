@@ -21,8 +21,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from openelm.config import Config
 from openelm.data.document import BadRow, Drops, add_drops
 from openelm.data.exclude import load_exclusions
-from openelm.data.manifest import Manifest, SourceConfig, build_manifest
-from openelm.data.manifest_file import load_manifest
+from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest_file import Survey, load_surveys, manifest_of, survey_sources
 from openelm.data.pieces import pieces_fingerprint
 from openelm.data.worker import Job, LaneGroup, Part, command
 from openelm.errors import ConfigError, DataError, OpenELMError
@@ -70,17 +70,24 @@ class DataConfig(Config):
         return self
 
     def open_manifest(self) -> Manifest:
+        """Return what `open_surveys` finds, without how it was found."""
+        return manifest_of(self.open_surveys())
+
+    def open_surveys(self, known: Sequence[Survey] = ()) -> tuple[Survey, ...]:
         """Find and hash the files of the sources, or read the manifest and compare its files.
+
+        Args:
+            known: what an earlier start found; files that did not change since are not read again.
 
         Raises:
             ConfigError: a source's name or weight is wrong.
             DataError: a file, or the manifest, is missing, changed, damaged or without text.
         """
         if self.manifest is None:
-            return build_manifest(self.sources, on_bad_row=self.on_bad_row)
-        manifest = load_manifest(Path(self.manifest), self.weights)
-        manifest.check_unchanged()
-        return manifest
+            return survey_sources(self.sources, on_bad_row=self.on_bad_row, known=known)
+        surveys = load_surveys(Path(self.manifest), self.weights)
+        manifest_of(surveys).check_unchanged()
+        return surveys
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +180,7 @@ class BatchStream:
         # Zeros at the end, where the index -100 of a target that is ignored falls.
         self._byte_lengths = np.append(tokenizer.byte_lengths(), np.zeros(-IGNORED_TARGET, np.int32))
         job = Job(
-            manifest.to_json(), str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
+            manifest, str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
             config.packing, excluded,
         )  # fmt: skip

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from openelm.data.document import ReadOptions
-from openelm.data.journal import Journal, State
-from openelm.data.manifest import Manifest, Shard, Source, SourceConfig, file_state, scan_shard
+from openelm.data.journal import Journal
+from openelm.data.manifest import Manifest, Shard, SourceConfig, State, file_states, scan_shard
 from openelm.data.manifest_file import Survey, check_has_text, listing_sha256, write_manifest_file
 from openelm.data.paths import expand_paths
 from openelm.data.pool import run_tasks, run_tasks_on_ray
@@ -20,7 +19,6 @@ from openelm.errors import ConfigError, DataError
 
 BLOCK_BYTES = 16 << 20  # larger than a run's own scan: at a terabyte it is the number of blocks that costs
 MOST_BAD_FILES = 20
-_ASKING_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +71,10 @@ def survey(
         fix = "write it beside the folder, so that it is not taken for data"
         raise ConfigError("--out lies in a folder that is to be listed", file=out, fix=fix)
     files = expand_paths(config.paths, config.exclude)
-    states = _states([path for _, path in files])
+    states = file_states([path for _, path in files])
     listing = listing_sha256([(name, state[0]) for (name, _), state in zip(files, states, strict=True)])
-    found = Survey(
-        Source(config.name, (), 1.0, config.text_key, config.document_bytes, config.max_document_bytes),
-        config.format, on_bad_row, block_bytes, len(files), listing, part, parts,
-    )  # fmt: skip
+    source = replace(config.source(), weight=1.0)
+    found = Survey(source, config.format, on_bad_row, block_bytes, len(files), listing, part, parts)
     mine = [(name, path, state) for (name, path), state in zip(files, states, strict=True)][part - 1 :: parts]
     settings = {**found.settings, "part": part, "parts": parts}
     with Journal(out.with_name(f"{out.name}.journal"), settings) as journal:
@@ -88,11 +84,6 @@ def survey(
         write_manifest_file(out, [found])
         journal.remove()
     return found
-
-
-def _states(paths: Sequence[DataPath]) -> list[State]:
-    with ThreadPoolExecutor(_ASKING_THREADS) as threads:  # a store takes its time to answer each question
-        return list(threads.map(file_state, paths))
 
 
 def _scan_all(

@@ -27,7 +27,7 @@ from openelm.text.tokenizer import Tokenizer, load_tokenizer
 class Job:
     """What every process of a stream must know; the same for all of them."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     tokenizer_path: str
     tokenizer_sha256: str
     seed: int
@@ -64,7 +64,7 @@ class LaneGroup:
 
     def __init__(self, job: Job, tokenizer: Tokenizer, numbers: Sequence[int]) -> None:
         self._job, self._step = job, job.first_step
-        sources = Manifest.from_json(job.manifest).sources
+        sources = job.manifest.sources
         orders = [DocumentOrder(source, seed=job.seed, lanes=job.lanes) for source in sources]
         self._lanes = {number: self._lane(orders, tokenizer, number) for number in numbers}
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
 from openelm.model.measured import DEVICES, MEASURED, Device, Measurement
 from openelm.model.plan import LayerPlan
 from openelm.model.sizes import model_size
+from openelm.model.transformer import Recompute
 
 _WIDE = 4  # bytes of an fp32 number
 CHUNK_BYTES = {"fp32": 32 << 20, "bf16": 128 << 20, "gpu": 512 << 20}
@@ -26,7 +28,7 @@ class Work:
         rows, length: sequences that go through the model at once, and their tokens.
         precision: "bf16" under autocast with fp32 weights, or "fp32".
         kind: "cpu", whose kernels keep less for the backward pass, or "gpu".
-        recompute: keep only each layer's input, and compute the rest again.
+        recompute: what is computed again instead of kept: "none", "selective" or "full".
         document_mask: rows hold several documents that are hidden from each other.
     """
 
@@ -34,7 +36,7 @@ class Work:
     length: int
     precision: str = "bf16"
     kind: str = "gpu"
-    recompute: bool = False
+    recompute: Recompute = "none"
     document_mask: bool = False
 
     @property
@@ -67,10 +69,15 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     """Count what one layer keeps for its backward pass, for all tokens of the pass.
 
     The residual stream is fp32. Kept are: the inputs of both norms; the inputs of the four projections; heads before
-    and after their norm and rotation, and the output of attention; gate, up and (on GPUs) silu(gate).
+    and after their norm and rotation, and the output of attention; gate, up and (on GPUs) silu(gate). A layer that is
+    recomputed selectively keeps the inputs of both norms, heads before their norm, gate and up.
     """
     narrow, dim = work.narrow, plan.dim
     q, kv = plan.query_heads[layer] * plan.head_dim, plan.kv_heads[layer] * plan.head_dim
+    if work.recompute == "full":
+        return work.tokens * _WIDE * dim
+    if work.recompute == "selective":
+        return work.tokens * (2 * _WIDE * dim + narrow * (q + 2 * kv + 2 * plan.ffn_dims[layer]))
     norms = 2 * (_WIDE + narrow) * dim
     projected = narrow * (q + 2 * kv)
     turned = narrow * (2 * (q + kv) if work.kind == "gpu" else q + 2 * kv)
@@ -84,12 +91,11 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
 
 
 def activation_bytes(plan: LayerPlan, work: Work) -> int:
-    """Count what all layers and the last norm keep; with recomputation every layer's input and one whole layer."""
-    layers = [layer_activation_bytes(plan, layer, work) for layer in range(plan.layers)]
-    last_norm = 2 * _WIDE * plan.dim * work.tokens
-    if work.recompute:
-        return plan.layers * _WIDE * plan.dim * work.tokens + max(layers) + last_norm
-    return sum(layers) + last_norm
+    """Count what all layers and the last norm keep, and the most that one layer computes again."""
+    kept = [layer_activation_bytes(plan, layer, work) for layer in range(plan.layers)]
+    whole = [layer_activation_bytes(plan, layer, replace(work, recompute="none")) for layer in range(plan.layers)]
+    again = max(most - least for most, least in zip(whole, kept, strict=True))
+    return sum(kept) + again + 2 * _WIDE * plan.dim * work.tokens
 
 
 def loss_bytes(plan: LayerPlan, vocab_size: int, work: Work) -> int:
@@ -155,14 +161,17 @@ def run_time(
     devices: int,
     flops_per_second: float,
     mfu: float,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> Time:
     """Predict the time of `tokens` training tokens on `devices` that each reach `mfu` of `flops_per_second`.
 
-    Recomputing repeats the forward pass, a third more work; MFU does not count it.
+    Recomputing repeats the forward pass, a third more work, or its attention only; MFU does not count it.
     """
     flops = plan.training_flops_per_token(vocab_size, length)
-    speed = devices * flops_per_second * mfu / (flops * (4 / 3 if recompute else 1))
+    forward = flops / 3
+    attention = forward - 2 * plan.matmul_parameters(vocab_size)
+    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    speed = devices * flops_per_second * mfu / (flops + again)
     seconds = tokens / speed
     return Time(flops, speed, seconds, devices * seconds / 3600)
 
@@ -201,8 +210,8 @@ def layouts(plan: LayerPlan, vocab_size: int, work: Work, devices: int) -> dict[
     """Count the memory of a device for each way to lay a run out, by name."""
     found = {}
     for name, shards in (("replicated", 1), ("sharded", devices))[: 1 if devices == 1 else 2]:
-        for recompute in (False, True):
-            label = f"{name}, recomputed" if recompute else name
+        for recompute in get_args(Recompute):
+            label = name if recompute == "none" else f"{name}, {recompute} recompute"
             found[label] = memory(plan, vocab_size, replace(work, recompute=recompute), shards=shards)
     return found
 
@@ -250,7 +259,7 @@ def _published_runs() -> list[Check]:
     assert plain is not None
     time = run_time(
         model.plan, model.vocab_size, tokens=350_000 * 2048 * 2048, length=2048, devices=128,
-        flops_per_second=989e12, mfu=measured_mfu(plain), recompute=True,
+        flops_per_second=989e12, mfu=measured_mfu(plain), recompute="full",
     )  # fmt: skip
     how = "the plain implementation's MFU, and recomputation"
     return [demo, Check("3b published on 128 h100", "days", 13, time.seconds / 86_400, how)]

@@ -19,15 +19,24 @@ from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, ORIGIN = "model.safetensors", "origin.json"
 _METADATA = {"format": "pt"}  # transformers asks for it
 _HEADER_BYTES_MAX = 16 << 20
 
 
 def save_model(
-    folder: Path, model: OpenELM, *, tokenizer: Tokenizer | None = None, card: str = "", replace: bool = False
+    folder: Path,
+    model: OpenELM,
+    *,
+    tokenizer: Tokenizer | None = None,
+    card: str = "",
+    origin: Mapping[str, object] | None = None,
+    replace: bool = False,
 ) -> None:
-    """Publish a model folder atomically: config, weights in the model's dtype, tokenizer, card, manifest.
+    """Publish a model folder atomically: config, weights in the model's dtype, tokenizer, card, origin, manifest.
+
+    Args:
+        origin: plain data that says where the weights come from, for `origin.json`.
 
     Raises:
         CheckpointError: the folder exists and `replace` is false.
@@ -44,6 +53,8 @@ def save_model(
             tokenizer.save(temporary)
         if card:
             write_atomic(temporary / "README.md", card.encode())
+        if origin is not None:
+            write_json(temporary / ORIGIN, origin)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

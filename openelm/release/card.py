@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_AVERAGED = re.compile(r"the mean of the checkpoints of steps ([0-9]{1,12}(?:, [0-9]{1,12})*)[.\n]")
+_MEAN_OF = "the mean of the checkpoints of steps "
 
 
-def averaged_steps(card: str) -> list[int] | None:
-    """Read from a card which checkpoints it says the weights are the mean of; None: it does not say."""
-    found = _AVERAGED.search(card)
-    return [int(step) for step in found[1].split(", ")] if found else None
+def _mean_of(steps: Sequence[int]) -> str:
+    return f"{_MEAN_OF}{', '.join(map(str, steps))}."
+
+
+def contradicts(card: str, averaged_steps: Sequence[int]) -> bool:
+    """Tell whether a card says that the weights are the mean of other checkpoints; it need not say anything."""
+    return card.count(_MEAN_OF) != card.count(_mean_of(averaged_steps))
 
 
 def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
@@ -36,8 +38,7 @@ def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
         f"vocabulary {description['tokenizer']['vocab_size']:,}. It continues text; it was not tuned to chat.\n",
         "## Training\n",
         f"{train['steps']:,} steps of {train['rows']} × {train['length']} tokens, seed {description['seed']}, "
-        f"{description['environment']['precision']}; the weights are the mean of the checkpoints of steps "
-        f"{', '.join(map(str, averaged_steps))}.\n",
+        f"{description['environment']['precision']}; the weights are {_mean_of(averaged_steps)}\n",
         "| source | files | bytes | SHA-256 of its manifest |\n|---|---:|---:|---|",
         *(_source_row(name, description[key]) for name, key in (("training", "data"), ("held out", "held_out"))),
         "",
@@ -54,8 +55,8 @@ def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
 def _source_row(name: str, corpus: dict[str, Any] | None) -> str:
     if corpus is None:
         return f"| {name} | 0 | 0 | none |"
-    shards = [shard for source in corpus["sources"] for shard in source["shards"]]
-    return f"| {name} | {len(shards)} | {sum(shard['bytes'] for shard in shards):,} | `{corpus['sha256'][:16]}…` |"
+    files, size = (sum(source[key] for source in corpus["sources"]) for key in ("files", "bytes"))
+    return f"| {name} | {files:,} | {size:,} | `{corpus['sha256'][:16]}…` |"
 
 
 def _results(path: Path) -> list[str]:

@@ -11,16 +11,18 @@ from typing import Any, Literal
 import torch
 
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.remote import is_url
 from openelm.data.stream import BatchStream
 from openelm.errors import DataError, VerificationError
 from openelm.model.device import choose_device
+from openelm.release.numerics import is_portable, maker
 from openelm.release.publication import Publication, Start
 from openelm.text.tokenizer import Tokenizer
 from openelm.train.run import Run, environment, run_model
 
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-3, 1e-2
 """Relative, where the verifier's numerics differ: per step, and per tensor at the end of a segment (L2 norm)."""
-_DECIDES_BITS = ("openelm", "torch", "cpu_capability", "MKL_CBWR", "precision")
+_DECIDES_BITS = ("code", "torch", "machine", "cpu_capability", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "precision")
 _MOST_THREADS = 256
 
 Replacements = Sequence[tuple[str, str]]
@@ -49,6 +51,8 @@ class Ground:
             found.append(f"device: {there.get('device')} there, {self.run.device.type} here")
         elif self.run.device.type != "cpu":
             found.append(f"device: {self.run.device.type} adds in no fixed order")
+        elif "device" not in names and not is_portable(there) and maker(there["device"]) != maker(self.here["device"]):
+            found.append(f"device: {there['device']} there, {self.here['device']} here, without the portable profile")
         if start.processes > 1 and settings.numerics == "fast":
             found.append(f"{start.processes} processes with fast numerics there, 1 here")
         return found
@@ -148,10 +152,14 @@ def _moved_path(path: str, replacements: Replacements) -> str:
     for old, new in replacements:
         if path.startswith(old):
             return new + path[len(old) :]
+    if is_url(path):  # a stranger does not choose whom this machine talks to, with its user's credentials
+        raise DataError("the run read this address, which is not asked unless you name it", fix=_DATA_FIX, file=path)
     return path
 
 
-_DATA_FIX = "give your own copy of the data with --data OLD=NEW, where OLD is how the path begins in run.json"
+_DATA_FIX = (
+    "give your own copy of the data with --data OLD=NEW, where OLD is how its path begins in run.json or data.json"
+)
 
 
 def _found(recorded: Manifest, sources: Sequence[SourceConfig], on_bad_row: Literal["error", "skip"]) -> Manifest:

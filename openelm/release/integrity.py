@@ -13,19 +13,22 @@ from torch import Tensor
 from openelm.errors import VerificationError
 from openelm.files import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
-from openelm.model.folder import WEIGHTS, load_model, weights_sha256
+from openelm.model.folder import ORIGIN, WEIGHTS, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
-from openelm.release.card import averaged_steps
+from openelm.release.card import contradicts
 from openelm.release.findings import Findings
 from openelm.release.history import check_history
-from openelm.release.publication import Publication, Saved, SavedState, parse, plain, read_json
+from openelm.release.publication import Origin, Publication, Saved, SavedState, parse, plain, read_json
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
 from openelm.train.checkpoint import STATE, load_checkpoint
+from openelm.train.data_lists import LISTS
 from openelm.train.run import run_model
 
-_READ = frozenset({"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock"})
+_READ = frozenset(
+    {"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock", *LISTS.values()}
+)
 _NOT_READ = {
     "report.html": "made from the ledger",
     "tensorboard": "made from the ledger",
@@ -42,6 +45,7 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
     Raises:
         VerificationError: the first thing that does not fit.
     """
+    findings.run("files of its own", lambda: _files(publication))
     findings.run("ledger: order of its lines", lambda: _history(publication, findings))
     tokenizers: list[Tokenizer] = []
     findings.run("tokenizer", lambda: _tokenizer(publication, tokenizers, findings))
@@ -51,6 +55,7 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
         findings.run("published model", lambda: _model(publication, tokenizers[0], findings))
     else:
         findings.skip("published model", "the run has no model folder")
+        _last_line(publication, None, findings)
     if (publication.folder / "result.json").exists():
         findings.run("result.json", lambda: _result(publication, findings))
     findings.skip("speeds, times and MFU", "they are claims about a machine, not about the model")
@@ -58,6 +63,10 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
         if path.name not in _READ:
             findings.skip(path.name, _NOT_READ.get(path.name, "no part of a run that is known here"))
     return tokenizers[0]
+
+
+def _files(publication: Publication) -> str:
+    return f"{len([plain(path) for path in publication.folder.iterdir()])} files and folders, none of them a link"
 
 
 def _history(publication: Publication, findings: Findings) -> str:
@@ -194,12 +203,16 @@ def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[
 
 
 def _ledger_head(publication: Publication, saved: Saved, state: SavedState, path: Path) -> None:
-    """Compare a checkpoint's ledger head: the line before its own, or one of its step where saving took longer."""
+    """Compare a checkpoint's ledger head: the line before its own, or one of its step where saving took longer.
+
+    Saving took longer for the checkpoint before it too, whose line may stand behind those of this step.
+    """
     if not publication.config.checkpoints.background:
         return expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
-    heads = dict(zip(publication.hashes, publication.lines, strict=True))
-    line = heads.get(state.ledger_head)
-    if line is None or line.step != saved.step:
+    at = publication.hashes.index(state.ledger_head) if state.ledger_head in publication.hashes else -1
+    while at >= 0 and isinstance(publication.lines[at], Saved):
+        at -= 1
+    if at < 0 or publication.lines[at].step != saved.step:
         raise VerificationError(f"ledger_head is no line of step {saved.step}", file=path / STATE)
 
 
@@ -219,36 +232,37 @@ def _unrecorded(publication: Publication, step: int, manifest: str, state: Saved
 
 def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
     folder = plain(publication.folder / "model")
-    verify_folder(folder, names=("config.json", WEIGHTS))
+    verify_folder(folder, names=("config.json", WEIGHTS, ORIGIN))
     _name_extras(folder, findings)
     model = load_model(folder)
     found = _plain(model.config.model_dump(mode="json"))
     expect("config.json", _plain(publication.description.model), found, folder / "config.json")
     expect("tokenizer", tokenizer.sha256, load_tokenizer(folder).sha256, folder)
-    weights, card = model.state_dict(), folder / "README.md"
-    steps = averaged_steps(plain(card).read_text("utf-8", errors="replace")) if card.is_file() else None
-    if steps is None:
-        return _some_mean(publication, weights)
+    origin = parse(Origin, read_json(folder / ORIGIN), folder / ORIGIN)
+    _last_line(publication, origin.ledger_head, findings)
+    steps = origin.averaged_steps
     if unknown := [step for step in steps if step not in publication.saved and step not in publication.checkpoints]:
-        raise VerificationError(f"the card names step {unknown[0]}, which has no checkpoint", file=card)
+        raise VerificationError(f"step {unknown[0]} has no checkpoint", file=folder / ORIGIN)
+    listing, card = ", ".join(map(str, steps)), folder / "README.md"
+    if card.is_file() and contradicts(plain(card).read_text("utf-8", errors="replace"), steps):
+        raise VerificationError(f"the card does not say that steps {listing} were averaged", file=card)
     if gone := [step for step in steps if step not in publication.checkpoints]:
-        findings.skip("published weights", f"the card says they are a mean, and step {gone[0]} is not there any more")
+        findings.skip("published weights", f"they are said to be a mean, and step {gone[0]} is not there any more")
         findings.weaken("published weights not compared")
         return "whole; its weights were not compared"
-    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), weights, folder / WEIGHTS)
-    return f"bitwise the mean of the checkpoints of steps {', '.join(map(str, steps))}, as its card says"
+    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / WEIGHTS)
+    return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
 
 
-def _some_mean(publication: Publication, weights: Mapping[str, Tensor]) -> str:
-    digest = weights_sha256(weights)
-    for first in range(len(publication.checkpoints) - 1, -1, -1):
-        steps = publication.checkpoints[first:]
-        if weights_sha256(mean_of_checkpoints(publication.folder, steps)) == digest:
-            return f"bitwise the mean of the last {len(steps)} checkpoints; no card says so"
-    raise VerificationError(
-        "the published weights are not the mean of the last checkpoints, however many",
-        file=publication.folder / "model" / WEIGHTS,
-    )
+def _last_line(publication: Publication, head: str | None, findings: Findings) -> None:
+    """Find the line that was the ledger's last one when the model was averaged; the chain covers the lines before."""
+    if head is not None and head not in publication.hashes:
+        raise VerificationError(
+            "its last lines were changed or removed: none has the hash that the published model holds",
+            file=publication.ledger,
+        )
+    if head != publication.hashes[-1]:
+        findings.skip("the last line of the ledger", "nothing that was published later holds its hash")
 
 
 def compare_tensors(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -14,9 +15,11 @@ import pydantic
 from pydantic import Field
 
 from openelm.data.manifest import Manifest
+from openelm.data.manifest_file import manifest_of, read_manifest_file
 from openelm.errors import DataError, VerificationError
 from openelm.files import canonical_json, sha256_bytes
 from openelm.train.checkpoint import checkpoint_folder
+from openelm.train.data_lists import LISTS
 from openelm.train.ledger import read_lines, valid_events
 from openelm.train.run import RunConfig
 
@@ -157,6 +160,19 @@ class SavedState(Strict):
     parts: Annotated[int, Field(ge=1)] = 1
 
 
+def _increasing(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if not steps or any(late <= early for early, late in itertools.pairwise(steps)):
+        raise ValueError("not steps in increasing order")
+    return steps
+
+
+class Origin(Strict):
+    """`origin.json` of the published model."""
+
+    averaged_steps: Annotated[tuple[Count, ...], pydantic.AfterValidator(_increasing)]
+    ledger_head: Hash
+
+
 @dataclass(frozen=True)
 class Publication:
     """A run folder whose `run.json` and ledger were read; `valid` is the ledger without what a rewind made void."""
@@ -229,27 +245,30 @@ class Publication:
 
     @functools.cached_property
     def data(self) -> Manifest:
-        """The training files as `run.json` lists them.
+        """The training files as `data.json` lists them.
 
         Raises:
-            VerificationError: the list does not have the hash it claims.
+            VerificationError: the list is missing, damaged, or not the one that `run.json` speaks of.
         """
         return self._manifest("data", self.description.data)
 
     @functools.cached_property
     def held_out(self) -> Manifest | None:
-        """The held-out files, likewise."""
+        """The held-out files as `held-out.json` lists them, likewise."""
         recorded = self.description.held_out
         return None if recorded is None else self._manifest("held_out", recorded)
 
-    def _manifest(self, name: str, recorded: Mapping[str, Any]) -> Manifest:
+    def _manifest(self, key: str, recorded: Mapping[str, Any]) -> Manifest:
+        path = self.folder / LISTS[key]
         try:
-            manifest = Manifest.from_json({"sources": recorded.get("sources")})
-            digest = manifest.sha256
-        except (DataError, ValueError, TypeError) as error:
-            raise VerificationError(f"{name} is no manifest: {error}", file=self.folder / "run.json") from None
-        if recorded.get("sha256") != digest:
-            what = f"{name}.sha256 is {recorded.get('sha256')!r}, but its files hash to {digest}"
+            manifest = manifest_of(read_manifest_file(plain(path)))
+        except DataError as error:
+            raise VerificationError(error.what, file=path) from None
+        if recorded.get("sha256") != manifest.sha256:
+            what = f"its files stand for data {manifest.sha256}, but {key}.sha256 is {recorded.get('sha256')!r}"
+            raise VerificationError(what, file=path)
+        if recorded != manifest.summary():
+            what = f"{key} is not the summary of {path.name}"
             raise VerificationError(what, file=self.folder / "run.json")
         return manifest
 
@@ -264,7 +283,7 @@ def read_publication(folder: Path) -> Publication:
     description = parse(Description, read_json(folder / "run.json"), folder / "run.json")
     config = RunConfig.parse(description.config, file=folder / "run.json")
     ledger = plain(folder / "ledger.jsonl")
-    raw = read_lines(ledger)
+    raw = list(read_lines(ledger))
     lines = [_line(event, ledger, number) for number, (event, _) in enumerate(raw, start=1)]
     kept = {id(event) for event in valid_events([event for event, _ in raw])}
     return Publication(
@@ -300,13 +319,15 @@ def parse(kind: type[PartType], value: object, path: Path, line: int | None = No
 
 
 def plain(path: Path) -> Path:
-    """Return a path of the publication unless it is a link, which could lead anywhere on the reader's disk.
+    """Return a path of the publication unless it is a link, which could lead anywhere, or a device or pipe.
 
     Raises:
         VerificationError: it is one.
     """
     if path.is_symlink():
         raise VerificationError("a link, where a publication has files and folders of its own", file=path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise VerificationError("neither a file nor a folder", file=path)
     return path
 
 

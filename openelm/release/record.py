@@ -10,8 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 
-from openelm.errors import CheckpointError
+from openelm.data.manifest import Shard
+from openelm.data.manifest_file import read_manifest_file
+from openelm.errors import CheckpointError, DataError
 from openelm.files import sha256_file
+from openelm.train.data_lists import LISTS
 from openelm.train.ledger import number, read_ledger, valid_events
 
 Number = Annotated[float, pydantic.BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)]
@@ -40,25 +43,17 @@ class Plan(Part):
         return self
 
 
-class Shard(Part):
-    """One data file."""
-
-    path: str
-    format: str = ""
-    bytes: int = 0
-    sha256: str = ""
-    rows: int = 0
-
-
 class Source(Part):
     """A named group of data files."""
 
     name: str
-    shards: tuple[Shard, ...] = ()
+    files: int = 0
+    rows: int = 0
+    bytes: int = 0
 
 
 class Corpus(Part):
-    """The files that were read, and the hash of the list."""
+    """What was read, and the hash of the list of its files."""
 
     sources: tuple[Source, ...] = ()
     sha256: str = ""
@@ -208,6 +203,7 @@ class Record:
     void_steps: list[StepLine] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)  # by file name
     result: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, tuple[Shard, ...]]] = field(default_factory=dict)  # by `LISTS` key and source
     hashes: dict[str, str] = field(default_factory=dict)  # by file name
 
     @property
@@ -249,6 +245,7 @@ def read_run(folder: Path) -> Record:
     return Record(
         folder=folder,
         run=_read(folder / "run.json", RunFile) or RunFile(),
+        files={key: _files(folder / name) for key, name in LISTS.items()},
         steps=[line for line in kept if isinstance(line, StepLine)],
         held_out=[line for line in kept if isinstance(line, HeldOutLine)],
         samples=[line for line in kept if isinstance(line, SampleLine)],
@@ -262,6 +259,14 @@ def read_run(folder: Path) -> Record:
         result=result if isinstance(result, dict) else {},
         hashes={name: sha256_file(folder / name) for name in ("run.json", "ledger.jsonl") if (folder / name).exists()},
     )
+
+
+def _files(path: Path) -> dict[str, tuple[Shard, ...]]:
+    try:
+        surveys = read_manifest_file(path) if path.exists() else ()
+        return {survey.source.name: survey.source.shards for survey in surveys}
+    except DataError as error:
+        raise CheckpointError(error.what, fix=_FIX, file=path) from None
 
 
 def _line(event: dict[str, Any], path: Path, line: int) -> Line:

@@ -26,7 +26,7 @@ from openelm.train.checkpoint import STATE, Checkpoint, load_checkpoint
 from openelm.train.objectives import NextToken
 from openelm.train.update import Event, Updater
 
-_NUMBERS = frozenset({"loss", "z_loss", "gradient_norm"})
+_NUMBERS = frozenset({"loss", "z_loss", "gradient_norm", "learning_rate"})
 
 
 def check_batches(publication: Publication, ground: Ground, progress: Progress) -> str:

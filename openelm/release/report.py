@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from openelm.data.manifest import Shard
 from openelm.files import write_atomic
 from openelm.release import charts, units
 from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure, notable
 from openelm.release.record import Corpus, Evaluation, Record, Score, read_run
+from openelm.train.data_lists import LISTS
 
 SAMPLES, SHARDS, DOCUMENTS, EVENT_ROWS = 12, 200, 200, 40
 OPEN_DOCUMENTS = 8  # more than these are folded away
@@ -76,8 +78,11 @@ def render(record: Record) -> str:
         event_rows=EVENT_ROWS,
         layers=layers_figure(record.run.plan, record.run.uniform_plan) if record.run.plan else None,
         corpora=[
-            (title, corpus, _sources(corpus))
-            for title, corpus in (("Training text", record.run.data), ("Held-out text", record.run.held_out))
+            (title, corpus, _sources(corpus, record.files.get(key, {})), LISTS[key])
+            for title, key, corpus in (
+                ("Training text", "data", record.run.data),
+                ("Held-out text", "held_out", record.run.held_out),
+            )
             if corpus is not None
         ],
         shards=SHARDS,
@@ -208,15 +213,13 @@ def _other_evaluations(record: Record) -> list[tuple[str, int | None, Score]]:
     ]
 
 
-def _sources(corpus: Corpus) -> list[dict[str, Any]]:
-    total = sum(shard.bytes for source in corpus.sources for shard in source.shards) or 1
+def _sources(corpus: Corpus, files: Mapping[str, Sequence[Shard]]) -> list[dict[str, Any]]:
+    total = sum(source.bytes for source in corpus.sources) or 1
     return [
         {
-            "name": source.name,
-            "shards": source.shards,
-            "bytes": (size := sum(shard.bytes for shard in source.shards)),
-            "rows": sum(shard.rows for shard in source.shards),
-            "share": units.percent(size / total),
+            **source.model_dump(),
+            "shards": files.get(source.name, ()),
+            "share": units.percent(source.bytes / total),
         }
         for source in corpus.sources
     ]

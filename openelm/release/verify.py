@@ -41,7 +41,7 @@ def verify_run(
         level: index in `LEVELS`.
         segments: how many random segments level 3 replays besides the mandatory ones.
         seed: chooses them; drawn by the verifier, so that the publisher cannot know it.
-        data: (beginning of a path in run.json, what it is here).
+        data: (beginning of a path in run.json or data.json, what it is here).
 
     Returns:
         What was checked and what not; `difference` is set if something did not agree, and then nothing after it
@@ -57,8 +57,11 @@ def verify_run(
     threads = torch.get_num_threads()
     try:
         _verify(folder, findings, level, segments, data, progress)
-    except VerificationError:
-        pass  # it is in the findings
+    except VerificationError as error:  # it is in the findings
+        published, here = (findings.numerics.get(side, {}).get("code") for side in ("published", "here"))
+        if findings.level > 0 and published != here:
+            error.what += "; but the run was made with other code of openelm than this"
+            error.fix = "verify it with the code that made it: run.json has its git_commit"
     finally:
         torch.set_num_threads(threads)
     for missing in range(findings.level + 1, len(LEVELS)):
@@ -101,7 +104,8 @@ def _verify(
 
 def _read(folder: Path, found: list[Publication]) -> str:
     found.append(read_publication(folder))
-    return "every line is chained to the one before it"
+    head = found[0].hashes[-1] if found[0].hashes else "of nothing"
+    return f"every line is chained to the one before it; SHA-256 of the last one: {head}"
 
 
 def _note_numerics(publication: Publication, ground: Ground, findings: Findings) -> None:

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
-from openelm.files import publish_folder, remove_folder, remove_leftovers, sync_file, verify_folder, write_atomic
+from openelm.files import (
+    disk_errors,
+    read_file,
+    remove_folder,
+    remove_leftovers,
+    sync_file,
+    verify_folder,
+    write_atomic,
+)
 from openelm.model.folder import read_tensors, write_tensors
-from openelm.model.parts import own_part, parts
-from openelm.train.distributed import ALONE, Processes
 
 STATE = "state.json"
 
@@ -74,48 +80,35 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """List the steps of the run's published checkpoints, oldest first."""
-    names = (path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir())
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+    found = {path.name[5:] for path in (run / "checkpoints").glob("step-*") if path.is_dir()}
+    steps = (int(digits) for digits in found if digits.isdecimal())
+    return sorted(step for step in steps if f"{step:08d}" in found)
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    processes: Processes = ALONE,
-) -> Checkpoint | None:
-    """Publish a checkpoint; every process calls this, and the first one verifies, re-reads and returns it.
-
-    Raises:
-        DiskError: the disk is full or read-only; older checkpoints are intact.
-        CheckpointError: what was written does not read back the same.
-        ProcessError: another process could not write its part.
-    """
-    folder = checkpoint_folder(run, step)
-    part, count = parts(weights)
-    if processes.leads:
-        with publish_folder(folder, replace=True) as temporary:
-            processes.gather_json(temporary.name)
-            _write_part(temporary, 0, count, weights, optimizer)
-            processes.wait_for_all()
-            write_atomic(temporary / STATE, json.dumps({**state, "step": step, "parts": count}).encode())
-        return load_checkpoint(run, step)
-    temporary = folder.with_name(processes.gather_json(None)[0])
-    if count > 1 and processes.rank < count:  # one copy is enough: the first `count` processes hold it
-        _write_part(temporary, part, count, weights, optimizer)
-    processes.wait_for_all()
-    return None
-
-
-def _write_part(
+def write_part(
     folder: Path, part: int, count: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
 ) -> None:
-    for stem, tensors in (("model", weights), ("optimizer", optimizer)):
-        path = folder / _part_name(stem, part, count)
-        write_tensors(path, {name: own_part(value) for name, value in tensors.items() if value.ndim or part == 0})
-        sync_file(path)
+    """Write one of `count` parts to a folder that is not yet published, and wait until it is on disk.
+
+    Numbers that have no rows to share are in the first part.
+
+    Raises:
+        DiskError: the disk is full or read-only.
+    """
+    with disk_errors(folder):
+        for stem, tensors in (("model", weights), ("optimizer", optimizer)):
+            path = folder / _part_name(stem, part, count)
+            write_tensors(path, {name: value for name, value in tensors.items() if value.ndim or part == 0})
+            sync_file(path)
+
+
+def write_state(folder: Path, step: int, count: int, state: Mapping[str, Any]) -> None:
+    """Write the rest of the state beside all `count` parts; the folder can be published then.
+
+    Raises:
+        DiskError: the disk is full or read-only.
+    """
+    write_atomic(folder / STATE, json.dumps({**state, "step": step, "parts": count}).encode())
 
 
 def _part_name(stem: str, part: int, count: int) -> str:
@@ -130,7 +123,7 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     """
     folder = checkpoint_folder(run, step)
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = json.loads(read_file(folder / STATE))
         count = int(state.get("parts", 1))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise CheckpointError("missing or damaged", file=folder / STATE) from None
@@ -164,15 +157,16 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[tuple[int, Che
     return None, damage
 
 
-def thin_checkpoints(run: Path, config: CheckpointConfig) -> None:
+def thin_checkpoints(run: Path, config: CheckpointConfig, *, finished: bool) -> None:
     """Remove checkpoints that the config does not keep.
 
     Kept are the newest, the last ones before it that are multiples of `every`, and the multiples of `keep_every`.
-    What a stop saved in between goes with the next checkpoint, so a stop does not change what is averaged.
+    What a stop saved in between stays while there is no other to fall back to, and goes when the run is finished, so
+    that a stop does not change what is averaged.
     """
     *older, newest = checkpoint_steps(run)
-    regular = [step for step in older if step % config.every == 0]
-    kept = {newest, *regular[-(config.keep_last - 1) :]}
+    regular = [step for step in older if step % config.every == 0][-(config.keep_last - 1) :]
+    kept = {newest, *(regular or (older[-1:] if not finished else ()))}
     for step in older:
         if step not in kept and not (config.keep_every and step % config.keep_every == 0):
             remove_folder(checkpoint_folder(run, step))

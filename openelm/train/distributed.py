@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 from openelm.errors import ConfigError, ProcessError
 
 T = TypeVar("T")
+Sum: TypeAlias = "dist.Work | None"
+"""A sum over processes that was begun."""
 _SEEN, _FAILED = "openelm/seen", "openelm/failed"
 _REPORT_SECONDS = 2.0
 
@@ -72,6 +74,15 @@ class Processes:
         if self.count > 1:
             self._call(lambda: dist.all_reduce(values))
 
+    def begin_to_add(self, values: Tensor) -> Sum:
+        """Begin to `add`; all processes begin the same sums in the same order, and `finish` them."""
+        return None if self.count == 1 else dist.all_reduce(values, async_op=True)
+
+    def finish(self, sums: Sequence[Sum]) -> None:
+        """Wait for sums that were begun."""
+        if self.count > 1:
+            self._call(lambda: [work.wait() for work in sums if work is not None])
+
     def add_in_tree(self, values: Tensor) -> None:
         """Add up a tensor over all processes, in place, in one fixed binary tree: the same bits at every count.
 
@@ -93,10 +104,28 @@ class Processes:
             store.set(f"{_SEEN}/{self.rank}", str(self._calls))
             return collective()
         except (RuntimeError, dist.DistError) as error:
-            raise ProcessError(
-                f"process {self.rank} waited for {self._missing(store)}: {str(error).splitlines()[0][:200]}",
-                fix="see that process's own message; the same command goes on from the last checkpoint",
-            ) from None
+            raise self._failure(error) from None
+
+    @contextlib.contextmanager
+    def name_the_missing(self) -> Iterator[None]:
+        """Name the processes that did not come when a collective call fails inside, such as FSDP2's own.
+
+        Raises:
+            ProcessError: a process died or does not answer.
+        """
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.count == 1 or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+                raise
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> ProcessError:
+        store = dist.distributed_c10d._get_default_store()
+        return ProcessError(
+            f"process {self.rank} waited for {self._missing(store)}: {str(error).splitlines()[0][:200]}",
+            fix="see that process's own message; the same command goes on from the last checkpoint",
+        )
 
     def _missing(self, store: Any) -> str:
         """Name the processes that did not begin this call; if all did, those that do not report its failure either."""

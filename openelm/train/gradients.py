@@ -9,46 +9,79 @@ arXiv 2502.19405, on the level of shards).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from openelm.train.distributed import ALONE, Processes
+from openelm.train.distributed import ALONE, Processes, Sum
 
 _ALIGNED = 16  # fp32 numbers: 64 bytes, a cache line
+_BUCKET = 25 * 2**18  # fp32 numbers: 25 MiB, as in DistributedDataParallel
 
 
 class FlatGradients:
-    """The `.grad` of every parameter as views of one fp32 tensor, with two more numbers at its end for the losses."""
+    """The `.grad` of every parameter as views of one fp32 tensor, with the two sums of the loss at its beginning.
+
+    It is sent in buckets, from the end to the beginning: a backward pass completes the last parameters first.
+    """
 
     scale = 1
     """By what a loss is multiplied before its backward pass."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], processes: Processes = ALONE) -> None:
         self._processes = processes
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        starts, size = [], 0
-        for parameter in self._parameters:
-            starts.append(size)
-            size += -(-parameter.numel() // _ALIGNED) * _ALIGNED
-        device = self._parameters[0].device
-        self.values = torch.zeros(size + 2, dtype=torch.float32, device=device)
-        self.losses = self.values[size:]
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        starts = list(accumulate((_aligned(parameter) for parameter in learning), initial=_ALIGNED))
+        self.values = torch.zeros(starts[-1], dtype=torch.float32, device=learning[0].device)
+        self.losses = self.values[:2]
         """(loss sum, nats)."""
-        for parameter, start in zip(self._parameters, starts, strict=True):
+        self._cuts = [starts.pop()]
+        """Where buckets end and begin, in the order in which they are sent."""
+        self._sizes: list[int] = [0]
+        """How many parameters each has."""
+        self._left: list[int] | None = None
+        self._sums: list[Sum] = []
+        for parameter, start in zip(reversed(learning), reversed(starts), strict=True):
             parameter.grad = self.values[start : start + parameter.numel()].view_as(parameter)
+            complete = functools.partial(self._complete, len(self._sizes) - 1)
+            parameter.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
+            self._sizes[-1] += 1
+            if self._cuts[-1] - start >= _BUCKET:
+                self._cuts.append(start)
+                self._sizes.append(0)
+        self._cuts.append(0)
 
     def expect(self, *, last: bool) -> None:
-        """Say whether the next backward pass is the last one of the step; nothing is sent before `add_up`."""
+        """Say whether the next backward pass is the last one before `add_up`, which may send what is complete."""
+        self._left = list(self._sizes) if last else None
+
+    def _complete(self, bucket: int, parameter: Tensor) -> None:
+        if self._left is not None:
+            self._left[bucket] -= 1
+            while len(self._sums) < len(self._sizes) - 1 and not self._left[len(self._sums)]:
+                self._send()
+
+    def _send(self) -> None:
+        end, start = self._cuts[len(self._sums) : len(self._sums) + 2]
+        self._sums.append(self._processes.begin_to_add(self.values[start:end]))
 
     def add_up(self) -> None:
-        """Add up the gradients and losses of all processes."""
-        self._processes.add(self.values)
+        """Add up the gradients and losses of all processes: send the buckets that are left, the losses in the last."""
+        while len(self._sums) < len(self._sizes):
+            self._send()
+        self._processes.finish(self._sums)
+        self._sums, self._left = [], None
 
     def clear(self) -> None:
         """Set everything to zero, keeping the memory."""
         self.values.zero_()
+
+
+def _aligned(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() // _ALIGNED) * _ALIGNED
 
 
 class Tree:

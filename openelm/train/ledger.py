@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,7 @@ from openelm.errors import CheckpointError, DiskError
 from openelm.files import disk_errors, sha256_bytes, write_atomic
 
 FIRST = "0" * 64
+_TAIL_BYTES = 1 << 16
 
 
 def number(value: str | float) -> float:
@@ -30,13 +31,44 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     return [event for event, _ in read_lines(path)]
 
 
-def read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Read all whole lines, each with its SHA-256, and check the chain.
+def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each whole line with its SHA-256, checking the chain on the way; nothing where there is no ledger.
 
     Raises:
         CheckpointError: a line was changed, removed or is not JSON; names it.
     """
-    return _read(path)[0]
+    head = FIRST
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by an interrupted write
+            try:
+                event = json.loads(line)
+                previous, _ = event["prev"], event["event"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                what = "this line of the ledger is not one it wrote"
+                raise CheckpointError(what, file=path, line=number) from None
+            if previous != head:
+                what = "the chain breaks here: this line or the one before it was changed"
+                raise CheckpointError(what, file=path, line=number)
+            head = sha256_bytes(line[:-1])
+            yield event, head
+
+
+def ledger_head(path: Path) -> str:
+    """Return the SHA-256 of the last whole line, which no later line holds.
+
+    Raises:
+        CheckpointError: the chain is broken.
+    """
+    head = FIRST
+    for _, digest in read_lines(path):
+        head = digest
+    return head
 
 
 def valid_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,30 +81,13 @@ def valid_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _read(path: Path) -> tuple[list[tuple[dict[str, Any], str]], bytes]:
-    """Return (event, hash of its line) for each whole line, and the torn rest of an interrupted write."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], b""
-    lines, head, result = data.split(b"\n"), FIRST, []
-    for index, line in enumerate(lines[:-1], start=1):
-        try:
-            event = json.loads(line)
-            previous, _ = event["prev"], event["event"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CheckpointError("this line of the ledger is not one it wrote", file=path, line=index) from None
-        if previous != head:
-            raise CheckpointError(
-                "the chain breaks here: this line or the one before it was changed", file=path, line=index
-            )
-        head = sha256_bytes(line)
-        result.append((event, head))
-    return result, lines[-1]
-
-
 class Ledger:
     """Append events; opening checks the chain and puts a torn last line aside as `ledger.torn`.
+
+    Attributes:
+        head: SHA-256 of the last line.
+        last_event: the kind of the last line when it was opened; None: there was none.
+        furthest_step: the greatest step of a line then.
 
     Raises:
         CheckpointError: the chain is broken.
@@ -80,11 +95,12 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        events, torn = _read(path)
-        self.events = [event for event, _ in events]
-        self.head = events[-1][1] if events else FIRST
+        self.head, self.last_event, self.furthest_step = FIRST, None, 0
+        for event, self.head in read_lines(path):
+            self.last_event = event["event"]
+            self.furthest_step = max(self.furthest_step, event.get("step", 0))
         self._path = path
-        if torn:
+        if torn := _torn_line(path):
             write_atomic(path.with_suffix(".torn"), torn)
         with disk_errors(path):
             self._file = path.open("ab")
@@ -121,3 +137,19 @@ class Ledger:
     ) -> None:
         with contextlib.suppress(*(() if error is None else (DiskError,))):  # the first error says more
             self.close()
+
+
+def _torn_line(path: Path) -> bytes:
+    """Return what stands behind the last line end."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return b""
+    with file:
+        start = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - _TAIL_BYTES)
+            file.seek(start)
+            tail = file.read(end - start)
+    return tail[tail.rfind(b"\n") + 1 :]

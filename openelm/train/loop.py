@@ -82,6 +82,7 @@ def train(
     """
     _check_processes(run, processes)
     with ExitStack() as opened:
+        opened.enter_context(processes.name_the_missing())
         ledger = None
         if processes.leads:
             make_folder(run.folder / "checkpoints")
@@ -127,14 +128,14 @@ class _Trainer:
     def train(self, open_batches: Callable[[list[dict[str, Any]] | None], Batches]) -> OpenELM:
         cursors = self._restore()
         if self.state.step >= self.config.steps:
-            if self.ledger and self.ledger.events[-1]["event"] != "finish":  # killed before the last line
+            if self.ledger and self.ledger.last_event != "finish":  # killed before the last line
                 self._finish({})
             return self.updater.model
         batches = open_batches(cursors)
         clock = _Clock(self.state.seconds)
         with _stop_requests() as stop_signals:
             while self.state.step < self.config.steps:
-                self._step(next(batches))
+                self._step(batches)
                 self.state.seconds = clock.seconds()
                 last = self.state.step == self.config.steps
                 self._measure(last)
@@ -162,18 +163,21 @@ class _Trainer:
         if self.ledger is not None:
             self.ledger.sync()
 
-    def _step(self, batch: Batch) -> None:
-        """Do one update and record it.
+    def _step(self, batches: Batches) -> None:
+        """Take a batch, do one update with it and record it.
 
         Raises:
             NumericError: the policy is to stop, or too many updates in a row were skipped.
         """
+        asked = time.perf_counter()
+        batch = next(batches)
         began, tokens_before = time.perf_counter(), self.state.tokens
         events, error = self.updater.update(batch)
         seconds = time.perf_counter() - began
         tokens = self.state.tokens - tokens_before
         speed = {
             "seconds": round(seconds, 6),
+            "wait_seconds": round(began - asked, 6),
             "tokens_per_second": round(tokens / seconds, 2),
             "mfu": round(tokens * self.flops_per_token / seconds / self.matmul_flops, 4),
         }
@@ -215,7 +219,7 @@ class _Trainer:
         for step, error in damage:
             set_aside(checkpoint_folder(self.run.folder, step))
             self._record({"event": "damage", "step": checkpoint.step if checkpoint else 0, "reason": str(error)})
-        recorded = max((event.get("step", 0) for event in self.ledger.events), default=0)
+        recorded = self.ledger.furthest_step
         if checkpoint is not None and checkpoint.step > recorded:
             raise CheckpointError(
                 f"the ledger ends at step {recorded}, before the checkpoint of step {checkpoint.step}",
@@ -224,7 +228,7 @@ class _Trainer:
             )
         self.processes.gather_json(checkpoint.step if checkpoint else None)
         if checkpoint is None:
-            if self.ledger.events:
+            if self.ledger.last_event is not None:
                 self._record({"event": "rewind", "step": recorded, "to": 0})
             self._record({"event": "start", "step": 0, **self._surroundings()})
             return None
@@ -310,18 +314,9 @@ class _Trainer:
         saved = self.saver.take(wait=wait)
         if saved is None:
             return
-        self._record(
-            {
-                "event": "checkpoint",
-                "step": saved.step,
-                "folder": str(checkpoint_folder(self.run.folder, saved.step).relative_to(self.run.folder)),
-                "manifest_sha256": saved.manifest_sha256,
-                "weights_sha256": weights_sha256(saved.weights),
-                "optimizer_sha256": weights_sha256(saved.optimizer),
-            }
-        )
+        self._record(saved)
         self._sync()
-        thin_checkpoints(self.run.folder, self.run.config.checkpoints)
+        thin_checkpoints(self.run.folder, self.run.config.checkpoints, finished=saved["step"] == self.config.steps)
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -16,20 +17,23 @@ import torch
 from pydantic import Field, model_validator
 
 from openelm.config import Config
-from openelm.data.manifest import Manifest, SourceConfig, build_manifest
+from openelm.data.manifest import Manifest, SourceConfig
+from openelm.data.manifest_file import manifest_of, survey_sources, write_manifest_file
 from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
-from openelm.files import make_folder, publish_folder, write_atomic
+from openelm.files import canonical_json, make_folder, publish_folder, sha256_bytes, sha256_file, write_atomic
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
+from openelm.model.transformer import Recompute
 from openelm.optim.adamw import AdamWConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.checkpoint import CheckpointConfig
+from openelm.train.data_lists import LISTS, Lists, first_difference, read_lists
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -70,8 +74,9 @@ class TrainConfig(Config):
     """How long a process waits for the others before it stops."""
     document_mask: bool = True
     """Whether the documents packed into one row are hidden from each other."""
-    recompute_layers: bool = False
-    """Activation checkpointing: keep only each layer's input and recompute the rest in the backward pass."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: "full" keeps each layer's input only and computes the rest again in the backward pass,
+    "selective" computes everything but the projections again."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
@@ -153,20 +158,26 @@ class Run:
         return self.folder / "ledger.jsonl"
 
 
-def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = ()) -> Run:
+def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (), leads: bool = True) -> Run:
     """Create a run folder, or open it again for the same config.
 
     Args:
         allow_change: dotted names that may differ from the folder's `run.json`, such as `train.steps`.
+        leads: whether this process writes the folder; another one has written it otherwise.
 
     Raises:
+        CheckpointError: `run.json` or a list of the data files is damaged.
         ConfigError: the folder belongs to another config; lists what differs.
         DataError: a source or the tokenizer cannot be used.
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    manifest = config.data.open_manifest()
-    held_out = build_manifest(config.held_out) if config.held_out else None
+    stored = _read_stored(folder / "run.json")
+    known = read_lists(folder, stored, allow_change) if stored else {}
+    found = {"data": config.data.open_surveys(known.get("data", ()))}
+    if config.held_out:
+        found["held_out"] = survey_sources(config.held_out, known=known.get("held_out", ()))
+    manifest = manifest_of(found["data"])
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
     precision = config.train.precision
@@ -177,12 +188,20 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         config=config,
         model_config=run_model(config, tokenizer),
         manifest=manifest,
-        held_out=held_out,
+        held_out=manifest_of(found["held_out"]) if config.held_out else None,
         tokenizer=tokenizer,
         device=device,
         precision=precision,
     )
-    _write_or_compare(folder / "run.json", describe_run(run), allow_change)
+    description = describe_run(run)
+    changed = stored is None or _check_changes(stored, description, known, found, allow_change, folder / "run.json")
+    if leads:
+        for key, surveys in found.items():
+            if surveys != known.get(key):
+                write_manifest_file(folder / LISTS[key], surveys)
+        if changed:
+            data = json.dumps(description, indent=2, sort_keys=True, allow_nan=False)
+            write_atomic(folder / "run.json", f"{data}\n".encode())
     return run
 
 
@@ -215,8 +234,8 @@ def describe_run(run: Run) -> dict[str, Any]:
         "parameters": run.model_config.parameters,
         "plan": asdict(plan),
         "uniform_plan": asdict(matched_uniform_plan(plan)),
-        "data": {"sha256": run.manifest.sha256, **run.manifest.to_json()},
-        "held_out": {"sha256": run.held_out.sha256, **run.held_out.to_json()} if run.held_out else None,
+        "data": run.manifest.summary(),
+        "held_out": run.held_out.summary() if run.held_out else None,
         "tokenizer": {"vocab_size": run.tokenizer.vocab_size, "sha256": run.tokenizer.sha256},
         "environment": environment(run.device, run.precision),
         "git_commit": _git_commit(),
@@ -227,19 +246,33 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
     """Name what the numbers of a run may depend on."""
     return {
         "openelm": _version("openelm-framework"),
+        "code": code_sha256(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "precision": precision,
         **{
             name: os.environ[name]
-            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "OMP_NUM_THREADS")
+            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
             if name in os.environ
         },
     }
+
+
+_PACKAGE = Path(__file__).parents[1]
+_DECIDING = ("config.py", *(f"{room}/**/*.py" for room in ("data", "kernels", "model", "optim", "text", "train")))
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Hash the code that decides what a run computes, with or without a checkout."""
+    files = [file for pattern in _DECIDING for file in _PACKAGE.glob(pattern)]
+    listing = {file.relative_to(_PACKAGE).as_posix(): sha256_file(file) for file in files}
+    return sha256_bytes(canonical_json(listing))
 
 
 def _version(package: str) -> str:
@@ -262,11 +295,10 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     """Return the commit of the code, with `+` when its working tree differs; None outside a checkout."""
-    here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ("git", "-C", here, *arguments), capture_output=True, text=True, check=True
+            ("git", "-C", _PACKAGE, *arguments), capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -275,44 +307,62 @@ def _git_commit() -> str | None:
         return None
 
 
-def _write_or_compare(path: Path, description: Mapping[str, Any], allow_change: Sequence[str]) -> None:
-    data = (json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+def _read_stored(path: Path) -> dict[str, Any] | None:
+    """Read the `run.json` of an earlier start; None: there was none."""
     if not path.exists():
-        write_atomic(path, data)
-        return
+        return None
     try:
-        stored = json.loads(path.read_bytes())
-        before = _comparable(stored)
+        stored: dict[str, Any] = json.loads(path.read_bytes())
+        _comparable(stored)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         raise CheckpointError(
             "run.json is damaged", file=path, fix="restore it, or train into another folder"
         ) from None
-    found = list(_differences(before, _comparable(json.loads(data))))
-    changes = [
+    return stored
+
+
+def _check_changes(
+    stored: Mapping[str, Any],
+    description: Mapping[str, Any],
+    known: Lists,
+    found: Lists,
+    allow_change: Sequence[str],
+    path: Path,
+) -> bool:
+    """Tell whether anything changed since an earlier start; names the file where the data did.
+
+    Raises:
+        ConfigError: what is not allowed to.
+    """
+    changes = list(_differences(_comparable(stored), _comparable(description)))
+    refused = [
         change
-        for change in found
+        for change in changes
         if not any(change[0] == name or change[0].startswith(f"{name}.") for name in allow_change)
     ]
-    if changes:
-        listing = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes[:8])
+    if refused:
+        listing = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in refused[:8])
+        for key in LISTS:
+            if key in known and key in found and f"{key}_sha256" in {name for name, _, _ in refused}:
+                listing += f"; {first_difference(manifest_of(known[key]), manifest_of(found[key]))}"
         raise ConfigError(
             f"this folder holds a run with other settings ({listing})",
             file=path,
-            fix=f"choose another --out, or allow it with --allow-change {changes[0][0]}",
+            fix=f"choose another --out, or allow it with --allow-change {refused[0][0]}",
         )
-    if found:
-        write_atomic(path, data)
+    return bool(changes)
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what must not change between the starts of one run, under the names a recipe uses."""
     environment = {
-        key: description["environment"].get(key) for key in ("openelm", "torch", "precision", "cpu_capability")
+        key: description["environment"].get(key) for key in ("openelm", "code", "torch", "precision", "cpu_capability")
     }
     return {
         **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
+        "held_out_sha256": description["held_out"] and description["held_out"]["sha256"],
         "tokenizer_sha256": description["tokenizer"]["sha256"],
     }
 

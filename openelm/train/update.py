@@ -85,7 +85,7 @@ class Updater:
         size = min(self.config.shard_processes, processes.count)
         self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
         self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
-        self.model.recompute_layers = self.config.recompute_layers
+        self.model.recompute = self.config.recompute
         self.optimizer = build_adamw(run.config.optimizer, self.model)
         self.gradients: FlatGradients | ShardedGradients = (
             ShardedGradients(self.model, processes, run.device)
@@ -221,7 +221,7 @@ class Updater:
                     self.model, micro_inputs, micro_answers, micro_documents if masked else None
                 )
             mean = loss_sum / targets
-            self.gradients.expect(last=index == len(micros))
+            self.gradients.expect(last=index == len(micros) and self.config.numerics == "fast")
             torch.autograd.backward(mean * self.gradients.scale)
             self.gradients.losses += torch.stack([mean.detach(), nll_sum / targets])
 

@@ -61,4 +61,4 @@ def test_a_small_pretrain_recipe_trains(texts: list[str], tmp_path: Path, monkey
     assert [event["tokens"] for event in steps] == [4 * 64, 8 * 64]
     description = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [source["name"] for source in description["data"]["sources"]] == [source.name for source in sources]
-    assert all(len(source["shards"]) == 1 for source in description["data"]["sources"])
+    assert all(source["files"] == 1 for source in description["data"]["sources"])

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from openelm.data.blocks import Blocks
 from openelm.data.document import Block
 from openelm.data.lanes import DocumentOrder, Position, permutation
 from openelm.data.manifest import Shard, Source
@@ -19,7 +20,7 @@ def source(*shards: list[tuple[int, int]]) -> Source:
         for rows, size in blocks:
             cut.append(Block(first, rows, 0, 0, size))
             first += rows
-        made.append(Shard(f"/{at}", str(at), "txt", 0, 0, "", first, tuple(cut)))
+        made.append(Shard(f"/{at}", str(at), "txt", 0, 0, "", first, Blocks(cut)))
     return Source("text", tuple(made))
 
 

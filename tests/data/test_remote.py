@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import http.server
 import json
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import ClassVar
 
 import fsspec
 import pyarrow
@@ -126,123 +121,6 @@ def test_bad_rows_and_damage_behind_a_url_are_named_by_url_and_line(memory):
         with pytest.raises(DataError) as caught:
             list(read_documents([config(f"memory://bucket/{name}")]))
         assert (caught.value.code, caught.value.line, caught.value.file) == (code, line, f"memory://bucket/{name}")
-
-
-class FaultyServer(http.server.BaseHTTPRequestHandler):
-    """Serve files with ETags and ranges; `faults` says what goes wrong with the next requests for content."""
-
-    root: Path
-    faults: ClassVar[list[str]] = []
-    requests: ClassVar[list[str]] = []
-    ranges = True
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path, asked = self.root / self.path.lstrip("/"), self.headers.get("Range")
-        fault = self.faults.pop(0) if self.faults and body else ""
-        self.requests.append(fault or "served")
-        if fault == "redirect":
-            self.send_response(307)
-            self.send_header("Location", self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        elif fault.isdigit() or not path.is_file():
-            self.send_response(int(fault or 404))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        else:
-            self._send(path.read_bytes(), asked if self.ranges else None, body, fault)
-
-    def _send(self, data: bytes, asked: str | None, body: bool, fault: str) -> None:
-        self.send_response(206 if asked else 200)
-        part = data
-        if asked:
-            first, last = asked.removeprefix("bytes=").split("-")
-            part = data[int(first) : int(last) + 1]
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
-        if self.ranges:
-            self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{hash(data)}"')
-        if fault == "less":  # a whole answer, but of fewer bytes than were asked for
-            part = part[: len(part) // 2]
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if body:
-            self.wfile.write(part[: len(part) // 2] if fault == "short" else part)
-        if fault in ("short", "slam"):
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(folder) -> Iterator[str]:
-    FaultyServer.root, FaultyServer.faults, FaultyServer.requests, FaultyServer.ranges = folder, [], [], True
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{running.server_address[1]}"
-    running.shutdown()
-    running.server_close()
-    thread.join()
-
-
-FAULTS = ("500", "503", "429", "short", "less", "redirect", "")
-
-
-@pytest.mark.parametrize("runs", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_random_faults_of_a_server_do_not_show_in_what_is_read(folder, server, monkeypatch, runs):
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 3000)
-    local = build_manifest([config(folder / "b.jsonl.gz", folder / "e.parquet")])
-    texts = [document.text for document in read_documents(local)]
-    for seed in range(runs):
-        draw = random.Random(seed)
-        plan = [fault for _ in range(40) for fault in (draw.choice(FAULTS), draw.choice(FAULTS), "")]
-        FaultyServer.faults = list(plan)
-        far = build_manifest([config(f"{server}/b.jsonl.gz", f"{server}/e.parquet")])
-        assert far.sha256 == local.sha256
-        assert [document.text for document in islice(read_documents(far), 5)] == texts[:5]
-    assert {"500", "short", "less", "redirect"} <= set(FaultyServer.requests)
-
-
-@pytest.mark.parametrize(("fault", "requests"), [("503", 3), ("short", 3), ("less", 3), ("403", 1), ("401", 1)])
-def test_a_fault_that_stays_ends_after_three_tries_and_a_refusal_at_once(server, fault, requests):
-    manifest = build_manifest([config(f"{server}/a.jsonl")])
-    FaultyServer.faults, FaultyServer.requests = [fault] * 100, []
-    with pytest.raises(DataError) as caught:
-        list(read_documents(manifest))
-    assert caught.value.code == "E_READ" and caught.value.file == f"{server}/a.jsonl"
-    assert FaultyServer.requests.count(fault) == requests
-
-
-def test_a_server_without_ranges_gives_whole_files_and_is_refused_for_parts(folder, server, monkeypatch):
-    FaultyServer.ranges = False
-    manifest = build_manifest([config(f"{server}/a.jsonl")])  # one chunk is the whole file
-    assert manifest.sha256 == build_manifest([config(folder / "a.jsonl")]).sha256
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 1000)
-    with pytest.raises(DataError, match="ignores the range") as caught:
-        build_manifest([config(f"{server}/a.jsonl")])
-    assert caught.value.code == "E_READ"
-
-
-def test_a_server_that_is_gone_is_named(server):
-    with pytest.raises(DataError, match="cannot read the file") as caught:
-        build_manifest([config(f"{server}/none.jsonl")])
-    assert caught.value.code == "E_CHANGED"
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        with pytest.raises(DataError, match="cannot read it") as caught:
-            build_manifest([config(f"http://127.0.0.1:{unused.getsockname()[1]}/a.jsonl")])
-    assert caught.value.code == "E_READ"
 
 
 WITHOUT = """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from openelm.data import reading
+from openelm.data.blocks import Blocks
 from openelm.data.document import Block
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Shard, Source, SourceConfig, build_manifest
@@ -20,7 +21,7 @@ def source(shards: int, blocks: int, rows: int) -> Source:
     """Make a source of equal shards; a block's offset is its number."""
     made = []
     for shard in range(shards):
-        cut = tuple(Block(at * rows, rows, shard * blocks + at, 0, 1 << 20) for at in range(blocks))
+        cut = Blocks(Block(at * rows, rows, shard * blocks + at, 0, 1 << 20) for at in range(blocks))
         made.append(Shard(f"/{shard}", str(shard), "jsonl", 0, 0, "", rows * blocks, cut))
     return Source("text", tuple(made))
 
@@ -61,7 +62,7 @@ def test_each_shard_is_spread_over_time_as_in_a_uniform_shuffle() -> None:
     assert 0.6 < chi < 1.4  # 217 degrees of freedom: four standard deviations are 0.38
 
 
-class Counted(tuple[Block, ...]):
+class Counted(Blocks):
     """Blocks that count how often one of them is asked for."""
 
     asked = 0

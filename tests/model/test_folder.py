@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openelm.errors import CheckpointError, DiskError
-from openelm.files import MANIFEST, canonical_json, verify_folder
+from openelm.files import MANIFEST, manifest_bytes, verify_folder
 from openelm.model.folder import WEIGHTS, check_header, load_model, read_tensors, save_model, weights_sha256
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import ByteTokenizer, load_tokenizer
@@ -244,7 +244,7 @@ def test_a_hostile_manifest_is_refused(folder: Path, manifest: str) -> None:
 def test_a_manifest_that_leaves_out_the_weights_vouches_for_nothing(folder: Path) -> None:
     entries = json.loads((folder / MANIFEST).read_bytes())["files"]
     del entries[WEIGHTS]
-    (folder / MANIFEST).write_bytes(canonical_json({"files": entries}))
+    (folder / MANIFEST).write_bytes(manifest_bytes(entries))
     with pytest.raises(CheckpointError):
         load_model(folder)
 

@@ -7,6 +7,7 @@ the released code computes them in fp32; `exact_tables` leaves that rounding out
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from openelm.model.cache import KeyValueCache
 from openelm.model.config import ModelConfig
-from openelm.model.transformer import OpenELM
+from openelm.model.transformer import OpenELM, Recompute
 
 MakeModel = Callable[..., OpenELM]
 EPS, BASE = 1e-6, 10_000.0
@@ -177,14 +178,14 @@ def test_far_positions_are_the_oracle_in_one_pass_and_through_the_cache(make_mod
             assert farthest(model(tokens[:, start:end], cache=cache), expected[:, start:end]) <= 1e-10
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_every_gradient_is_the_oracles(model: OpenELM, tokens: Tensor, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_every_gradient_is_the_oracles(model: OpenELM, tokens: Tensor, recompute: Recompute) -> None:
     documents = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 3], dtype=torch.int32)
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     config = model.config
     expected = oracle(weights, config.num_query_heads, config.num_kv_heads, tokens[0], documents=documents)
     (-torch.log_softmax(expected, -1)[:, 5].sum()).backward()
-    model.recompute_layers = recompute
+    model.recompute = recompute
     found = model(tokens[:1], documents=documents[None])
     (-torch.log_softmax(found[0], -1)[:, 5].sum()).backward()
     for name, parameter in model.named_parameters():

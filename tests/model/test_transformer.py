@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openelm.errors import ConfigError
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
 from openelm.model.folder import weights_sha256
 from openelm.model.rotary import RotaryTable
-from openelm.model.transformer import OpenELM
+from openelm.model.transformer import OpenELM, Recompute
 
 MakeModel = Callable[..., OpenELM]
 
@@ -79,12 +81,35 @@ def test_a_batch_is_its_rows(model: OpenELM, tokens: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_recomputing_layers_gives_equal_bits(make_model: MakeModel, tokens: Tensor, dtype: torch.dtype) -> None:
     gradients = []
-    for recompute in (False, True):
+    for recompute in get_args(Recompute):
         model = make_model(dtype)
-        model.recompute_layers = recompute
+        model.recompute = recompute
         model(tokens).float().logsumexp(-1).sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name])
+
+
+def test_selective_recomputing_repeats_no_projection(make_model: MakeModel, tokens: Tensor) -> None:
+    """The backward pass of a product is two products; only whole layers take their forward products again."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return function(*args, **(kwargs or {}))
+
+    counts = {}
+    for recompute in get_args(Recompute):
+        model = make_model(torch.float32)
+        model.recompute = recompute
+        with Products() as products:
+            model.hidden(tokens).sum().backward()
+        counts[recompute] = products.count
+    layers = len(model.transformer.layers)
+    assert counts["none"] == counts["selective"] == 3 * 4 * layers
+    assert counts["full"] == counts["none"] + 3 * layers, "the last product of a layer is not needed"
 
 
 def test_the_tied_matrix_learns_as_embedding_and_as_head(model: OpenELM, tokens: Tensor) -> None:

@@ -126,6 +126,15 @@ class Workshop:
         return verify_run(folder, level=level, **{"segments": 0, "seed": 0, **options})
 
 
+def assert_caught(workshop: Any, folder: Path, level: int, *words: str) -> None:
+    """The forgery passes every check below a level, and fails at it with these words."""
+    findings = workshop.verify(folder, level, segments=99)
+    assert (findings.verdict, findings.level) == ("failed", level)
+    message = str(findings.difference)
+    assert findings.difference.exit_code == 7
+    assert all(word in message for word in words), message
+
+
 def read_lines(folder: Path) -> Events:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
@@ -136,7 +145,7 @@ def write_lines(folder: Path, events: Events) -> None:
 
 
 def rechain(folder: Path, edit: Callable[[Events], Events] = lambda events: events) -> None:
-    """Edit the ledger and make every hash fit again: chain, heads in the checkpoints, manifests, hashes of tensors."""
+    """Edit the ledger and make every hash fit again: chain, heads in checkpoints and model, manifests, tensors."""
     events, head = edit(read_lines(folder)), "0" * 64
     last_of = {event["step"]: index for index, event in enumerate(events) if event["event"] == "checkpoint"}
     config = json.loads((folder / "run.json").read_bytes())["config"]
@@ -157,6 +166,9 @@ def rechain(folder: Path, edit: Callable[[Events], Events] = lambda events: even
         lines.append(line)
         head = sha256_bytes(line.encode())
     (folder / "ledger.jsonl").write_text("".join(line + "\n" for line in lines))
+    if (origin := folder / "model" / "origin.json").exists():
+        write_json(origin, {**json.loads(origin.read_bytes()), "ledger_head": head})
+        write_manifest(folder / "model")
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,7 @@ import torch
 
 import openelm.train.update
 from openelm.errors import DataError
-from openelm.files import write_manifest
-from openelm.model.folder import read_tensors, weights_sha256, write_tensors
+from openelm.model.folder import read_tensors, write_tensors
 from openelm.model.transformer import OpenELM
 from openelm.optim.schedule import learning_rate
 from openelm.release.probes import probes
@@ -26,16 +25,7 @@ from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.ledger import number
 from openelm.train.run import open_run
 
-from .conftest import Events, read_lines, rechain, write_corpus, write_lines
-
-
-def assert_caught(workshop: Any, folder: Path, level: int, *words: str) -> None:
-    """The forgery passes every check below a level, and fails at it with these words."""
-    findings = workshop.verify(folder, level, segments=99)
-    assert (findings.verdict, findings.level) == ("failed", level)
-    message = str(findings.difference)
-    assert findings.difference.exit_code == 7
-    assert all(word in message for word in words), message
+from .conftest import Events, assert_caught, read_lines, rechain, write_corpus, write_lines
 
 
 def change(folder: Path, kind: str, step: int, **fields: Any) -> None:
@@ -256,25 +246,12 @@ def test_14_a_run_that_started_from_other_weights_than_the_seeds(
     assert_caught(workshop, tmp_path, 3, "step 1: ")
 
 
-@pytest.mark.parametrize("card", [True, False])
-def test_15_published_weights_that_are_not_the_mean(workshop: Any, forged: Path, card: bool) -> None:
-    model = forged / "model"
-    change_weights(model / "model.safetensors", 1e-7)
-    if not card:
-        (model / "README.md").unlink()
-    write_manifest(model)
-    result = json.loads((forged / "result.json").read_bytes())
-    result["final_weights_sha256"] = weights_sha256(read_tensors(model / "model.safetensors"))
-    (forged / "result.json").write_text(json.dumps(result))
-    assert_caught(workshop, forged, 0, "mean", "model.safetensors")
-
-
 def test_16_a_flipped_bit_in_an_optimizer(workshop: Any, forged: Path) -> None:
     file = checkpoint_folder(forged, 9) / "optimizer.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert_caught(workshop, forged, 0, "step-00000009", "optimizer.safetensors")
+    assert_caught(workshop, forged, 0, "step-00000009", "optimizer.safetensors", "first in bytes", "exp_avg")
 
 
 def test_16_a_flipped_bit_in_an_optimizer_with_the_hashes_recomputed(workshop: Any, forged: Path) -> None:
@@ -354,6 +331,21 @@ def test_19_a_lie_above_the_tolerance_is_caught_where_numerics_differ(workshop: 
     assert workshop.verify(forged, 3, segments=99).verdict == "failed"
 
 
+def test_a_learning_rate_of_another_c_library_is_within_the_tolerances(workshop: Any, forged: Path) -> None:
+    """The cosine of the schedule differs in its last bit between C libraries, and between CPUs with and without FMA."""
+
+    def elsewhere(events: Events) -> Events:
+        for event in events:
+            if event["event"] == "start":
+                event["environment"]["torch"] = "1.0"
+            if event["event"] == "step":
+                event["learning_rate"] = np.nextafter(number(event["learning_rate"]), 1).hex()
+        return events
+
+    rechain(forged, elsewhere)
+    assert workshop.verify(forged, 3).verdict == "consistent (weaker: other numerics)"
+
+
 def test_other_data_on_the_verifiers_disk_is_named_and_is_no_verdict(
     workshop: Any, honest: Path, tmp_path: Path
 ) -> None:
@@ -362,39 +354,3 @@ def test_other_data_on_the_verifiers_disk_is_named_and_is_no_verdict(
     with pytest.raises(DataError, match=r"read text\.jsonl with SHA-256") as caught:
         workshop.verify(honest, 2, data=[(str(workshop.folder), str(tmp_path))])
     assert "--data OLD=NEW" in str(caught.value)
-
-
-BROKEN: list[tuple[str, Any]] = [
-    ("step", -1), ("step", "5"), ("step", 10**30), ("step", None), ("event", 3), ("event", "unheard-of"),
-    ("loss", 1.5), ("loss", "0x"), ("loss", [1]), ("batch_sha256", "short"), ("tokens", 1e300), ("to", -3),
-    ("folder", "../../elsewhere"), ("environment", []), ("environment", {"threads": "9" * 5000}),
-    ("manifest_sha256", None), ("parameters", True), ("processes", 0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("field", "value"), BROKEN)
-def test_a_hostile_line_is_a_failed_verification_and_never_a_crash(
-    workshop: Any, rewound: Path, tmp_path: Path, field: str, value: Any
-) -> None:
-    run = Path(shutil.copytree(rewound, tmp_path / "run"))
-    events = read_lines(run)
-    index = next(index for index in (0, *range(3, len(events))) if field in events[index])
-    lines = (run / "ledger.jsonl").read_text().splitlines()
-    head, broken = "0" * 64, []
-    for number_of_line, line in enumerate(lines):
-        content = {**json.loads(line), "prev": head} | ({field: value} if number_of_line == index else {})
-        broken.append(json.dumps(content))
-        head = hashlib.sha256(broken[-1].encode()).hexdigest()
-    (run / "ledger.jsonl").write_text("\n".join(broken) + "\n")
-    assert workshop.verify(run, 0).verdict == "failed"
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"NaN"])
-@pytest.mark.parametrize("name", ["run.json", "result.json", "checkpoints/step-00000006/state.json"])
-def test_a_hostile_file_is_a_failed_verification_and_never_a_crash(
-    workshop: Any, forged: Path, name: str, content: bytes
-) -> None:
-    (forged / name).write_bytes(content)
-    if "checkpoints" in name:
-        write_manifest((forged / name).parent)
-    assert workshop.verify(forged, 0).verdict == "failed"

@@ -13,6 +13,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from openelm.data.blocks import Blocks
+from openelm.data.manifest import Shard, Source
+from openelm.data.manifest_file import Survey, write_manifest_file
 from openelm.errors import CheckpointError
 from openelm.release.record import read_run
 from openelm.release.report import commands, render, verdict, write_report
@@ -72,8 +75,12 @@ def step(number: int, loss: float = SOUND_LOSS, **other: Any) -> dict[str, Any]:
 
 
 def corpus(name: str) -> dict[str, Any]:
-    shard = {"path": f"texts/{name}.txt", "format": "txt", "bytes": 5000, "sha256": "ab" * 32, "rows": 3, "blocks": []}
-    return {"sources": [{"name": name, "shards": [shard], "weight": 1.0}], "sha256": "cd" * 32}
+    return {"sources": [{"name": name, "files": 1, "rows": 3, "bytes": 5000, "weight": 1.0}], "sha256": "cd" * 32}
+
+
+def write_list(path: Path, name: str) -> None:
+    shard = Shard(f"/texts/{name}.txt", f"{name}.txt", "txt", 5000, 0, "ab" * 32, 3, Blocks([[0, 3, 0, 0, 5000]]))
+    write_manifest_file(path, [Survey(Source(name, (shard,)), "auto", "error", 1 << 20, 1, "")])
 
 
 RUN = {
@@ -130,6 +137,8 @@ def make_run(folder: Path, *, run: Any = RUN, ledger: Any = LEDGER, final: Any =
     folder.mkdir(exist_ok=True)
     if run is not None:
         (folder / "run.json").write_text(json.dumps(run))
+        if "data" in run:
+            write_list(folder / "data.json", run["data"]["sources"][0]["name"])
     if ledger is not None:
         with Ledger(folder / "ledger.jsonl") as file:
             for event in ledger:
@@ -319,6 +328,7 @@ def test_a_long_run_gives_a_small_page(tmp_path):
         ("run.json", "{", "not valid JSON"),
         ("run.json", "[]", "the top level"),
         ("run.json", '{"plan": {"dim": 1, "head_dim": 1, "query_heads": [1], "kv_heads": [], "ffn_dims": []}}', "plan"),
+        ("data.json", "{}", "openelm data manifest"),
         ("eval/final.json", '{"bits_per_byte": {"value": "many"}}', "bits_per_byte.value"),
         ("eval/final.json", '{"bits_per_byte": {"value": NaN}}', "bits_per_byte.value"),
         ("ledger.jsonl", '{"event": "step"}\n', "ledger"),

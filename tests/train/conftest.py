@@ -24,6 +24,7 @@ from openelm.train.objectives import NextToken
 from openelm.train.run import Run, RunConfig, open_run
 
 from ..conftest import tiny_recipe
+from .forks import Launch
 
 EXACT = (
     "step",
@@ -67,8 +68,8 @@ class Bench:
     def config(self, *overrides: str) -> RunConfig:
         return RunConfig.parse(self.values(*overrides))
 
-    def open(self, folder: Path, *overrides: str, allow_change: Sequence[str] = ()) -> Run:
-        return open_run(folder, self.config(*overrides), allow_change=allow_change)
+    def open(self, folder: Path, *overrides: str, **options: Any) -> Run:
+        return open_run(folder, self.config(*overrides), **options)
 
     def train(
         self,
@@ -148,6 +149,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench(corpus: Path) -> Bench:
     return Bench(corpus)
+
+
+@pytest.fixture(scope="session")
+def launch(bench: Bench) -> Launch:
+    return Launch(bench)
 
 
 @pytest.fixture(scope="module")

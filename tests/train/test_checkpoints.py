@@ -79,6 +79,23 @@ def test_the_last_checkpoints_are_kept(bench: Any, tmp_path: Path) -> None:
     assert checkpoint_steps(tmp_path) == [8, 10, 12]
 
 
+def test_a_run_that_only_stops_have_saved_has_two_checkpoints_to_fall_back_to(bench: Any, tmp_path: Path) -> None:
+    settings = ("checkpoints.every=50",)
+    for last in (3, 5, 8):
+
+        def stop(event: Any, last: int = last) -> None:
+            if event["event"] == "step" and event["step"] == last:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Stopped):
+            bench.train(tmp_path, *settings, observers=(stop,))
+    assert checkpoint_steps(tmp_path) == [5, 8]
+    flip_bit(checkpoint_folder(tmp_path, 8) / "model.safetensors")
+    bench.train(tmp_path, *settings)
+    assert [event["step"] for event in bench.events(tmp_path, "resume")] == [3, 5, 5]
+    assert checkpoint_steps(tmp_path) == [12]
+
+
 def test_some_checkpoints_are_kept_for_good(bench: Any, tmp_path: Path) -> None:
     bench.train(tmp_path, "checkpoints.every=1", "checkpoints.keep_last=2", "checkpoints.keep_every=5")
     assert checkpoint_steps(tmp_path) == [5, 10, 11, 12]
@@ -268,6 +285,13 @@ def test_a_checkpoint_is_safetensors_and_json_only(undisturbed: Path) -> None:
     assert all(name.startswith("transformer.") for name in weights)
     moments = load_file(folder / "optimizer.safetensors")
     assert {name.rpartition("/")[0] for name in moments} == set(weights)
+
+
+@pytest.mark.parametrize("name", ["step-²", "step-3", "step-٠٠٠٠٠٠٠٣", "step-000000003", "step-", "step-1e3"])
+def test_a_folder_that_only_looks_like_a_checkpoint_is_none(tmp_path: Path, name: str) -> None:
+    for found in (name, "step-00000006", "step-123456789"):
+        (tmp_path / "checkpoints" / found).mkdir(parents=True)
+    assert checkpoint_steps(tmp_path) == [6, 123456789]
 
 
 def test_two_processes_cannot_train_the_same_folder(bench: Any, tmp_path: Path) -> None:

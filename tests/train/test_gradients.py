@@ -95,8 +95,9 @@ def test_a_run_in_small_portions_stays_close_to_one_in_whole_batches(
         assert number(found[4]) == pytest.approx(number(expected[4]), rel=1e-4)
 
 
-def test_recomputing_layers_changes_no_bit(bench: Any, undisturbed: Path, tmp_path: Path) -> None:
-    bench.train(tmp_path, "train.recompute_layers=true")
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputing_layers_changes_no_bit(bench: Any, undisturbed: Path, tmp_path: Path, kind: str) -> None:
+    bench.train(tmp_path, f"train.recompute={kind}")
     assert bench.fingerprint(tmp_path) == bench.fingerprint(undisturbed)
 
 

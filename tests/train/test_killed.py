@@ -9,17 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from openelm.cli import main
 from openelm.train.ledger import Ledger
+
+from .forks import Fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -68,46 +67,8 @@ def start_python(recipe: Path, folder: Path, environment: dict[str, str], *more:
     )
 
 
-class Fork:
-    """The same command in a fork of this process: as real and as killable, without seconds of imports."""
-
-    def __init__(self, recipe: Path, folder: Path, environment: dict[str, str], *more: str, limit: int = 0) -> None:
-        self.returncode: int | None = None
-        descriptor, path = tempfile.mkstemp()
-        self._errors = Path(path)
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(descriptor, 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-                if limit:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                code = main(["train", str(recipe), "--out", str(folder), *more])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        os.close(descriptor)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-    def communicate(self, timeout: float = 0.0) -> tuple[None, str]:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        errors = self._errors.read_text() if self._errors.exists() else ""
-        self._errors.unlink(missing_ok=True)
-        return None, errors
+def fork(recipe: Path, folder: Path, environment: dict[str, str], *more: str, **options: Any) -> Fork:
+    return Fork(["train", str(recipe), "--out", str(folder), *more], environment, **options)
 
 
 def wait_for_growth(process: Any, ledger: Path, more_bytes: int) -> None:
@@ -138,7 +99,7 @@ def kill_at_random_moments(
 
 
 def finish(recipe: Path, folder: Path, environment: dict[str, str]) -> None:
-    process = Fork(recipe, folder, environment)
+    process = fork(recipe, folder, environment)
     _, stderr = process.communicate()
     assert (process.returncode, stderr) == (0, "")
 
@@ -159,7 +120,7 @@ def kill_and_compare(
     bench: Any, recipe: Path, expected: Path, folder: Path, environment: dict[str, str], draw: random.Random
 ) -> int:
     """Kill a run one to three times at random moments, finish it and compare; returns the kills."""
-    kills = kill_at_random_moments(Fork, recipe, folder, environment, draw, kills=draw.randint(1, 3))
+    kills = kill_at_random_moments(fork, recipe, folder, environment, draw, kills=draw.randint(1, 3))
     finish(recipe, folder, environment)
     assert_same(bench, folder, expected)
     assert_little_was_lost(bench, folder, 5)
@@ -221,7 +182,7 @@ def assert_stopped(bench: Any, process: Any, stderr: str, folder: Path, expected
 def test_a_stop_signal_saves_says_so_in_one_line_and_exits_75(
     bench: Any, recipe: Path, expected: Path, tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ) -> None:
-    process = Fork(recipe, tmp_path, environment)
+    process = fork(recipe, tmp_path, environment)
     wait_for_growth(process, tmp_path / "ledger.jsonl", 4_000)
     os.kill(process.pid, number)
     _, stderr = process.communicate()
@@ -250,7 +211,9 @@ def test_a_file_size_limit_is_exit_5_in_one_line_and_nothing_saved_is_lost(
         with Ledger(tmp_path / "ledger.jsonl") as ledger:
             ledger.append({"event": "sample", "step": 5, "prompt": "", "text": "x" * 1_000_000})
     limit = 20_000 if kind == "checkpoint" else (tmp_path / "ledger.jsonl").stat().st_size + 3_000
-    process = Fork(recipe, tmp_path, environment, limit=limit)
+    process = fork(
+        recipe, tmp_path, environment, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
     _, stderr = process.communicate()
     assert "Traceback" not in stderr, stderr[-2000:]
     assert process.returncode == 5

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,51 +13,33 @@ from typing import Any
 import pytest
 import torch
 
+from openelm.model.config import ModelConfig
 from openelm.model.folder import read_tensors
 from openelm.model.transformer import OpenELM
+from openelm.train import gradients
 from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
+from openelm.train.distributed import Processes
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number, read_ledger
+
+from .forks import Launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 SETTINGS = ("train.rows=8", "data.lanes=4", "train.shards=4", "train.timeout_seconds=20")
 EXACT = (*SETTINGS, "train.numerics=exact")
 
 
-class Launch:
-    """Starts the processes of one run as torchrun does, by environment variables."""
-
-    def __init__(self, bench: Any, environment: dict[str, str]) -> None:
-        self._bench, self._environment = bench, environment
-
-    def start(self, folder: Path, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
-        folder.mkdir(exist_ok=True)
-        recipe = folder.with_name(f"{folder.name}.json")
-        recipe.write_text(json.dumps({"config": self._bench.values(*overrides), "model": {}}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "openelm", "train", str(recipe), "--out", str(folder)]
-        group = {**self._environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-        places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        pipe = subprocess.PIPE
-        return [subprocess.Popen(command, env=place, stdout=pipe, stderr=pipe, text=True) for place in places]
-
-    def run(self, folder: Path, count: int, *overrides: str) -> None:
-        for process in self.start(folder, count, *overrides):
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def launch(request: pytest.FixtureRequest, bench: Any) -> Launch:
+    return Launch(bench, request.param)
 
 
 @pytest.fixture(scope="module")
-def launch(bench: Any, environment: dict[str, str]) -> Launch:
-    return Launch(bench, environment)
-
-
-@pytest.fixture(scope="module")
-def alone(bench: Any, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    bench.train(folder, *EXACT)
+    launch.run(folder, 1, *EXACT)
     return folder
 
 
@@ -112,9 +92,9 @@ def test_gradients_lie_in_one_tensor() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_exact_and_fast_differ_by_rounding_only(bench: Any, alone: Path, tmp_path: Path) -> None:
-    bench.train(tmp_path, *SETTINGS)
-    for fast, exact in zip(bench.history(tmp_path), bench.history(alone), strict=True):
+def test_exact_and_fast_differ_by_rounding_only(bench: Any, launch: Launch, alone: Path, tmp_path: Path) -> None:
+    launch.run(tmp_path / "run", 1, *SETTINGS)
+    for fast, exact in zip(bench.history(tmp_path / "run"), bench.history(alone), strict=True):
         assert fast[-1] == exact[-1]
         assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
 
@@ -145,15 +125,65 @@ def test_fast_runs_see_the_same_batches_at_every_number_of_processes(
         assert number(fast[4]) == pytest.approx(number(exact[4]), rel=1e-4)
 
 
+def small_buckets() -> None:
+    gradients._BUCKET = 1000
+
+
+def test_gradients_that_are_sent_while_the_backward_pass_goes_on_are_the_same_sums(
+    bench: Any, launch: Launch, tmp_path: Path
+) -> None:
+    """Sums of two numbers have no order, so neither the buckets nor the moment they are sent at change a bit."""
+    settings = (*SETTINGS, "train.micro_rows=2")
+    launch.run(tmp_path / "one", 2, *settings)
+    launch.run(tmp_path / "many", 2, *settings, before={0: small_buckets, 1: small_buckets})
+    assert bench.fingerprint(tmp_path / "many") == bench.fingerprint(tmp_path / "one")
+    assert bench.history(tmp_path / "many") == bench.history(tmp_path / "one")
+
+
+class Listing(Processes):
+    """One of two processes, whose other one sends ones; remembers what was sent when."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.sent: list[int] = []
+
+    def begin_to_add(self, values: torch.Tensor) -> None:
+        values += 1
+        self.sent.append(len(values))
+
+    def finish(self, sums: Any) -> None:
+        pass
+
+
+def test_a_bucket_is_sent_when_it_is_complete_and_a_parameter_without_a_gradient_delays_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradients, "_BUCKET", 16)
+    weights = [torch.nn.Parameter(torch.ones(20)) for _ in range(4)]
+    for unused, early in ((None, 4), (1, 2)):
+        listing = Listing()
+        flat = FlatGradients(weights, listing)
+        flat.expect(last=False)
+        sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+        assert listing.sent == []
+        flat.expect(last=True)
+        sum(weight.sum() for place, weight in enumerate(weights) if place != unused).backward()  # type: ignore[union-attr]
+        assert listing.sent == [32] * early
+        flat.add_up()
+        assert listing.sent == [32] * 4 + [16]
+        for place, weight in enumerate(weights):
+            assert weight.grad is not None and weight.grad.tolist() == [2.0 if place == unused else 3.0] * 20
+
+
 def test_a_killed_run_goes_on_at_other_numbers_of_processes(
     bench: Any, launch: Launch, alone: Path, tmp_path: Path
 ) -> None:
-    bench.train_until(tmp_path / "run", 5, *EXACT)
-    processes = launch.start(tmp_path / "run", 4, *EXACT)
-    wait_for_step(tmp_path / "run", 8)
-    for process in processes:
-        process.kill()
-        process.communicate()
+    for count, step in ((1, 4), (4, 8)):
+        processes = launch.start(tmp_path / "run", count, *EXACT)
+        wait_for_step(tmp_path / "run", step)
+        for process in processes:
+            process.kill()
+            process.communicate()
     launch.run(tmp_path / "run", 2, *EXACT)
     assert bench.history(tmp_path / "run") == bench.history(alone)
     assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(alone)
@@ -196,12 +226,54 @@ def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
         assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
 
 
-def test_a_shared_model_is_saved_in_parts_and_read_whole(bench: Any, sharded: Path) -> None:
+def test_a_shared_model_starts_with_the_bits_that_the_seed_stands_for(launch: Launch, tmp_path: Path) -> None:
+    """At a learning rate this small an update changes no bit, so the first checkpoint holds the initial weights."""
+    launch.run(
+        tmp_path / "run",
+        2,
+        *SHARDED,
+        "train.steps=1",
+        "schedule.warmup_steps=1",
+        "schedule.peak=1e-30",
+        "schedule.warmup_from=1e-30",
+    )
+    model = ModelConfig.model_validate(json.loads((tmp_path / "run" / "run.json").read_text())["model"])
+    expected = dict(OpenELM(model).initial_weights(torch.Generator().manual_seed(0)))
+    found = load_checkpoint(tmp_path / "run", 1).weights
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def count_gradient_sums(into: Path) -> None:
+    """Write down each time that gradients of shared parameters are added up over processes."""
+    reduce_scatter = torch.distributed.reduce_scatter_single
+
+    def counted(*values: Any, **options: Any) -> Any:
+        with into.open("a") as file:
+            file.write("x")
+        return reduce_scatter(*values, **options)
+
+    torch.distributed.reduce_scatter_single = counted
+
+
+def test_accumulation_over_parts_of_a_batch_sends_no_more_gradients(launch: Launch, tmp_path: Path) -> None:
+    counts = {}
+    for rows in (4, 1):
+        log = tmp_path / f"{rows}.log"
+        settings = (*SHARDED, "train.steps=3", f"train.micro_rows={rows}")
+        launch.run(tmp_path / str(rows), 2, *settings, before={0: functools.partial(count_gradient_sums, log)})
+        counts[rows] = len(log.read_text())
+    assert counts[4] >= 9  # each of two layers and the rest, in each of three steps
+    assert counts[1] == counts[4]
+
+
+def test_a_shared_model_is_saved_in_parts_and_read_whole(sharded: Path) -> None:
     folder = checkpoint_folder(sharded, 12)
     names = {path.name for path in folder.glob("*.safetensors")}
     assert names == {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
     whole = load_checkpoint(sharded, 12)
-    model = bench.open(sharded, *SHARDED).model_config
+    model = ModelConfig.model_validate(json.loads((sharded / "run.json").read_text())["model"])
     expected = {name: tuple(value.shape) for name, value in OpenELM(model).state_dict().items()}
     assert {name: tuple(value.shape) for name, value in whole.weights.items()} == expected
     sizes = [sum(value.numel() for value in read_tensors(folder / name).values()) for name in sorted(names)[:2]]
@@ -223,6 +295,14 @@ def test_a_shared_run_goes_on_alone_and_at_more_processes(
     assert bench.fingerprint(tmp_path / "run", 6) == bench.fingerprint(sharded, 6)
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputing_the_layers_of_a_shared_model_changes_no_bit(
+    bench: Any, launch: Launch, sharded: Path, tmp_path: Path, kind: str
+) -> None:
+    launch.run(tmp_path / "run", 2, *SHARDED, f"train.recompute={kind}")
+    assert bench.fingerprint(tmp_path / "run") == bench.fingerprint(sharded)
+
+
 def test_exact_sums_need_whole_gradients(bench: Any) -> None:
     from openelm.errors import ConfigError
 
@@ -230,8 +310,11 @@ def test_exact_sums_need_whole_gradients(bench: Any) -> None:
         bench.config(*EXACT, "train.shard_processes=2")
 
 
-def test_when_a_process_dies_the_others_say_which_and_stop(launch: Launch, tmp_path: Path) -> None:
-    first, second = launch.start(tmp_path / "run", 2, *EXACT, "train.steps=100000")
+@pytest.mark.parametrize("settings", [EXACT, SETTINGS, (*SETTINGS, "train.shard_processes=2")])
+def test_when_a_process_dies_the_others_say_which_and_stop(
+    launch: Launch, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    first, second = launch.start(tmp_path / "run", 2, *settings, "train.steps=100000")
     wait_for_step(tmp_path / "run", 4)
     second.kill()
     second.communicate()

@@ -11,7 +11,7 @@ import pytest
 from openelm.train.ledger import read_ledger, valid_events
 
 from .conftest import sentences
-from .test_processes import EXACT, Launch
+from .test_processes import EXACT
 
 
 @pytest.fixture
@@ -42,11 +42,9 @@ def test_a_run_broken_off_and_resumed_lists_what_an_undisturbed_one_lists(
     assert listings(tmp_path / "broken") == found
 
 
-def test_two_processes_list_what_one_lists(
-    bench: Any, environment: dict[str, str], tmp_path: Path, spoiled: str
-) -> None:
+def test_two_processes_list_what_one_lists(bench: Any, launch: Any, tmp_path: Path, spoiled: str) -> None:
     settings = (*EXACT, spoiled, "data.on_bad_row=skip")
     bench.train(tmp_path / "one", *settings)
-    Launch(bench, environment).run(tmp_path / "two", 2, *settings)
+    launch.run(tmp_path / "two", 2, *settings)
     assert listings(tmp_path / "one")
     assert listings(tmp_path / "two") == listings(tmp_path / "one")

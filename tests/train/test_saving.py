@@ -11,6 +11,7 @@ import torch
 
 from openelm.errors import DiskError, VerificationError
 from openelm.train import saving
+from openelm.train.checkpoint import write_part
 from openelm.train.distributed import ALONE
 from openelm.train.objectives import NextToken
 from openelm.train.saving import Saver
@@ -43,30 +44,33 @@ def test_the_copy_is_complete_before_the_next_update(tmp_path: Path, monkeypatch
     """The save is held back until the weights have changed; what it writes is what they were."""
     held, written = threading.Event(), []
 
-    def slow(run: Path, step: int, weights: dict[str, torch.Tensor], *rest: Any) -> None:
+    def slow(folder: Path, part: int, count: int, weights: dict[str, torch.Tensor], *rest: Any) -> None:
         held.wait(20)
         written.append(weights["w"].clone())
+        write_part(folder, part, count, weights, *rest)
 
-    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    monkeypatch.setattr(saving, "write_part", slow)
     weight = torch.ones(3)
     with Saver(tmp_path, ALONE, background=True) as saver:
         saver.save(1, {"w": weight}, {}, {})
         assert saver.take(wait=False) is None
         weight.zero_()
         held.set()
-        saver.take(wait=True)
+        assert saver.take(wait=True)["step"] == 1  # type: ignore[index]
     assert written[0].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_save_that_fails_in_the_background_stops_the_run(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["write_part", "write_state"])
+def test_a_save_that_fails_in_the_background_stops_the_run_and_leaves_nothing(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     def full(*arguments: Any) -> None:
         raise DiskError("cannot write: no space left")
 
-    monkeypatch.setattr(saving, "save_checkpoint", full)
+    monkeypatch.setattr(saving, stage, full)
     with pytest.raises(DiskError):
         bench.train(tmp_path, BACKGROUND)
+    assert not list((tmp_path / "checkpoints").iterdir())
     assert max(event["step"] for event in bench.events(tmp_path, "step")) <= 6
 
 
