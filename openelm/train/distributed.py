@@ -194,5 +194,5 @@ def _torchrun_numbers() -> tuple[int, int, int]:
         pass
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
-    fix = "start with: torchrun --nproc-per-node 2 -m openelm train …; or unset WORLD_SIZE for one process"
+    fix = "start a power of two with: torchrun --nproc-per-node 2 -m openelm train …, or unset WORLD_SIZE"
     raise ConfigError(f"the environment is not torchrun's: {given}", fix=fix)

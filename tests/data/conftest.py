@@ -85,7 +85,7 @@ def check_distinct() -> Callable[[st.SearchStrategy[T], int, Callable[[T], None]
     def run(cases: st.SearchStrategy[T], count: int, check: Callable[[T], None]) -> None:
         seen: set[T] = set()
 
-        @settings(max_examples=2 * count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=count * 3 // 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(case=cases)
         def one(case: T) -> None:
             if len(seen) < count or case in seen:
