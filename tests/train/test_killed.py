@@ -82,11 +82,11 @@ def wait_for_growth(process: Any, ledger: Path, more_bytes: int) -> None:
 
 
 def kill_at_random_moments(
-    start: Start, recipe: Path, folder: Path, environment: dict[str, str], draw: random.Random, kills: int
+    start: Start, recipe: Path, folder: Path, environment: dict[str, str], draw: random.Random, kills: int, *more: str
 ) -> int:
     """Kill starts of a run until it was killed so often or it ended; returns the number of kills."""
     for killed in range(kills):
-        process = start(recipe, folder, environment)
+        process = start(recipe, folder, environment, *more)
         wait_for_growth(process, folder / "ledger.jsonl", draw.randrange(1, 12_000))
         if draw.random() < 0.5:
             time.sleep(draw.random() * 0.02)
@@ -98,8 +98,8 @@ def kill_at_random_moments(
     return kills
 
 
-def finish(recipe: Path, folder: Path, environment: dict[str, str]) -> None:
-    process = fork(recipe, folder, environment)
+def finish(recipe: Path, folder: Path, environment: dict[str, str], *more: str) -> None:
+    process = fork(recipe, folder, environment, *more)
     _, stderr = process.communicate()
     assert (process.returncode, stderr) == (0, "")
 
@@ -116,22 +116,26 @@ def assert_little_was_lost(bench: Any, folder: Path, interval: int) -> None:
         assert event["step"] - event["to"] <= interval
 
 
+WAYS: list[tuple[str, ...]] = [(), ("checkpoints.background=true",), ("data.workers=1",), *[()] * 7]
+"""How a run may read and save; none of it shows in the result."""
+
+
 def kill_and_compare(
-    bench: Any, recipe: Path, expected: Path, folder: Path, environment: dict[str, str], draw: random.Random
-) -> int:
-    """Kill a run one to three times at random moments, finish it and compare; returns the kills."""
-    kills = kill_at_random_moments(fork, recipe, folder, environment, draw, kills=draw.randint(1, 3))
-    finish(recipe, folder, environment)
-    assert_same(bench, folder, expected)
-    assert_little_was_lost(bench, folder, 5)
-    return kills
-
-
-def test_runs_killed_at_random_moments_end_with_the_same_bits(
-    bench: Any, recipe: Path, expected: Path, tmp_path: Path, environment: dict[str, str]
+    bench: Any, recipe: Path, expected: Path, folder: Path, environment: dict[str, str], draw: random.Random, *more: str
 ) -> None:
-    draw = random.Random(0)
-    assert sum(kill_and_compare(bench, recipe, expected, tmp_path / str(n), environment, draw) for n in range(5)) >= 5
+    """Kill a run one to three times at random moments, finish it and compare."""
+    while not kill_at_random_moments(fork, recipe, folder, environment, draw, draw.randint(1, 3), *more):
+        shutil.rmtree(folder)  # it ended before it could be killed
+    finish(recipe, folder, environment, *more)
+    assert_same(bench, folder, expected)
+    assert_little_was_lost(bench, folder, 10 if "checkpoints.background=true" in more else 5)
+
+
+@pytest.mark.parametrize("way", range(5))
+def test_runs_killed_at_random_moments_end_with_the_same_bits(
+    bench: Any, recipe: Path, expected: Path, tmp_path: Path, environment: dict[str, str], way: int
+) -> None:
+    kill_and_compare(bench, recipe, expected, tmp_path / "run", environment, random.Random(way), *WAYS[way])
 
 
 @pytest.mark.faults
@@ -139,13 +143,39 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits(
 def test_two_hundred_killed_runs_end_with_the_same_bits(
     bench: Any, recipe: Path, expected: Path, tmp_path: Path, environment: dict[str, str], seed: int
 ) -> None:
-    """Ten seeds of twenty runs; at least one kill a run on the average."""
-    draw, kills = random.Random(seed), 0
+    """Ten seeds of twenty runs: sixteen plain, two that save in the background, two that read with a worker."""
+    draw = random.Random(seed)
     for attempt in range(20):
         folder = tmp_path / str(attempt)
-        kills += kill_and_compare(bench, recipe, expected, folder, environment, draw)
+        kill_and_compare(bench, recipe, expected, folder, environment, draw, *WAYS[attempt % len(WAYS)])
         shutil.rmtree(folder)
-    assert kills >= 20
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(5))
+def test_fifty_runs_stopped_at_random_moments_end_with_the_same_bits(
+    bench: Any, recipe: Path, expected: Path, tmp_path: Path, environment: dict[str, str], seed: int
+) -> None:
+    """Each is sent one to three different stop signals, some of them while it saves."""
+    draw, stops = random.Random(seed), 0
+    for attempt in range(10):
+        folder, way = tmp_path / str(attempt), WAYS[attempt % len(WAYS)]
+        process = fork(recipe, folder, environment, *way)
+        wait_for_growth(process, folder / "ledger.jsonl", draw.randrange(1, 12_000))
+        for number in draw.sample([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], draw.randint(1, 3)):
+            process.send_signal(number)
+            time.sleep(draw.random() * 0.01)
+        _, stderr = process.communicate()
+        ends = (0, 75, 130, -signal.SIGTERM, -signal.SIGUSR1)  # the last ones: before training began, or after it
+        assert process.returncode in ends, stderr
+        stops += process.returncode == 75
+        for event in bench.events(folder, "stop"):
+            assert max(line["step"] for line in bench.events(folder, "step")) == event["step"]
+        finish(recipe, folder, environment, *way)
+        assert_same(bench, folder, expected)
+        assert_little_was_lost(bench, folder, 0)
+        shutil.rmtree(folder)
+    assert stops >= 5
 
 
 @pytest.mark.slow
