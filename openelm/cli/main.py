@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # PyTorch's caches hold the groups of a device mesh, and with them gloo's threads, after they were destroyed.
         # One that still holds a tensor while the interpreter ends aborts it (pytorch/pytorch, pull request 179291).
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads any more
+                stream.flush()
         os._exit(code)
     return code
 

@@ -68,7 +68,8 @@ def add_drops(total: Drops, more: Mapping[str, Mapping[str, int]]) -> None:
 
 def list_bad_rows(rows: Iterable[BadRow]) -> dict[str, Any]:
     """Say how many rows were passed over, and which: the first thousand by source, file and place."""
-    ordered = sorted(rows, key=lambda row: (row["source"], row["file"], row["line"] or 0, row["offset"] or 0))
+    names = ("source", "file", "line", "offset", "code", "sha256")  # all: files of two folders can share a name
+    ordered = sorted(rows, key=lambda row: [(row[name] is not None, row[name] or 0) for name in names])
     return {"count": len(ordered), "rows": ordered[:_MOST_LISTED]}
 
 

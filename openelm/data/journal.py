@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,10 +38,9 @@ class Journal:
             self._file.close()
             raise
 
-    def find(self, name: str, path: str, state: State) -> Shard | None:
+    def find(self, path: str, state: State) -> Shard | None:
         """Return the finished entry of a file, if the file is still the one it was."""
-        shard = self._shards.get((name, state))
-        return shard and replace(shard, path=path)
+        return self._shards.get((path, state))
 
     def add(self, shard: Shard) -> None:
         """Write down a finished shard.
@@ -70,7 +68,7 @@ class Journal:
                     shard = shard_from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     break
-                self._shards[shard.name, shard.state] = shard
+                self._shards[shard.path, shard.state] = shard
             end += len(line)
         with disk_errors(self._path):
             self._file.truncate(end)  # a line that a kill cut short is done again

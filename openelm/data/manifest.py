@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ def source_from_json(value: dict[str, Any], shards: Iterable[Shard]) -> Source:
         ValueError: it is none.
     """
     check_kinds(value, _SOURCE_KINDS)
+    if not 0 < value["weight"] < math.inf:
+        raise ValueError(f"weight {value['weight']}")
     return Source(**{**value, "shards": tuple(shards)})
 
 

@@ -144,7 +144,7 @@ class Lane:
             self._positions = [Position(*place[:4]) for place in places]
             self._taken_tokens = [place[4] for place in places]
             self._offset = int(cursor["offset"])
-            self._longest = int(cursor.get("longest", 0))  # older checkpoints had no need of it
+            self._longest = int(cursor["longest"])
             add_drops(self._drops, cursor["dropped"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise bad_cursor(self._number) from None

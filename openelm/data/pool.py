@@ -152,7 +152,7 @@ class _Process:
         self.index = -1
         start = f"from openelm.data.pool import main; main({other.fileno()})"
         # Ctrl-C reaches the whole group, but only the caller is to act on it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {start}"],

@@ -323,8 +323,8 @@ class _WorkerProcess:
         # One thread each: the processes are the parallelism, and idle thread pools cost memory.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
-        # Workers inherit the blocked signals: Ctrl-C or SIGTERM to the group must reach the trainer alone.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        # Workers inherit the blocked signals: Ctrl-C or another stop signal to the group is for the trainer alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         try:
             descriptor = other.fileno()
             self._process = subprocess.Popen(

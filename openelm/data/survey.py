@@ -90,8 +90,8 @@ def _scan_all(
     files: Sequence[tuple[str, DataPath, State]], journal: Journal, found: Survey, run: Tasks, observe: Observe
 ) -> list[Shard]:
     shards: dict[str, Shard] = {}
-    for name, path, state in files:
-        if shard := journal.find(name, str(path), state):
+    for _, path, state in files:
+        if shard := journal.find(str(path), state):
             shards[str(path)] = shard
     left = [(name, path, state) for name, path, state in files if str(path) not in shards]
     total, resumed = sum(state[0] for _, _, state in files), sum(shard.bytes for shard in shards.values())

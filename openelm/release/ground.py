@@ -18,6 +18,7 @@ from openelm.model.device import choose_device
 from openelm.release.numerics import is_portable, maker
 from openelm.release.publication import Publication, Start
 from openelm.text.tokenizer import Tokenizer
+from openelm.train.data_lists import first_difference
 from openelm.train.run import Run, environment, run_model
 
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-3, 1e-2
@@ -169,23 +170,8 @@ def _found(recorded: Manifest, sources: Sequence[SourceConfig], on_bad_row: Lite
         raise DataError(error.what, fix=_DATA_FIX, file=error.file, line=error.line, code=error.code) from None
     if manifest.sha256 == recorded.sha256:
         return manifest
-    for theirs, mine in zip(recorded.sources, manifest.sources, strict=True):
-        names = {shard.name: shard for shard in mine.shards}
-        for shard in theirs.shards:
-            if shard.name not in names:
-                raise _other_data(
-                    f"the run read {shard.name} of source {theirs.name!r}, which is not here", theirs.name
-                )
-            if (found := names[shard.name]).sha256 != shard.sha256:
-                what = f"the run read {shard.name} with SHA-256 {shard.sha256}, here it is {found.sha256}"
-                raise _other_data(what, found.path)
-        if extra := sorted(names.keys() - {shard.name for shard in theirs.shards}):
-            raise _other_data(f"{extra[0]} of source {theirs.name!r} is here, and the run did not read it", theirs.name)
-    raise _other_data("the order, format or settings of the files differ", recorded.sources[0].name)
-
-
-def _other_data(what: str, file: str) -> DataError:
-    return DataError(what, fix=_DATA_FIX, file=file, code="E_CHANGED")
+    what = f"this is not the data of the run: {first_difference(recorded, manifest)}"
+    raise DataError(what, fix=_DATA_FIX, file=", ".join(sources[0].paths), code="E_CHANGED")
 
 
 def use_threads(start: Start) -> None:

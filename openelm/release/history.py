@@ -33,7 +33,7 @@ def check_history(publication: Publication) -> list[str]:
 class _Walk:
     def __init__(self, publication: Publication) -> None:
         self._publication = publication
-        self._background = publication.config.checkpoints.background
+        self._background = publication.background
         self._step = self._furthest = 0
         self._previous: Line | None = None
         self._saved: dict[int, str] = {}  # step -> manifest of the checkpoint, void ones left out

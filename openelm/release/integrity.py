@@ -198,8 +198,7 @@ def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[
         ("weights_sha256", saved.weights_sha256, weights),
         ("optimizer_sha256", saved.optimizer_sha256, moments),
     ):
-        if recorded is not None:
-            expect(name, recorded, weights_sha256(tensors), path)
+        expect(name, recorded, weights_sha256(tensors), path)
 
 
 def _ledger_head(publication: Publication, saved: Saved, state: SavedState, path: Path) -> None:
@@ -207,7 +206,7 @@ def _ledger_head(publication: Publication, saved: Saved, state: SavedState, path
 
     Saving took longer for the checkpoint before it too, whose line may stand behind those of this step.
     """
-    if not publication.config.checkpoints.background:
+    if not publication.background:
         return expect("ledger_head", saved.raw["prev"], state.ledger_head, path / STATE)
     at = publication.hashes.index(state.ledger_head) if state.ledger_head in publication.hashes else -1
     while at >= 0 and isinstance(publication.lines[at], Saved):
@@ -225,7 +224,7 @@ def _unrecorded(publication: Publication, step: int, manifest: str, state: Saved
     for line in resumes:
         expect("manifest_sha256", line.raw["manifest_sha256"], manifest, path / MANIFEST)
     if not resumes:
-        if step != len(publication.steps) and not publication.config.checkpoints.background:
+        if step != len(publication.steps) and not publication.background:
             raise VerificationError("the ledger knows no checkpoint of this step", file=path)
         findings.skip(f"the hash of {path.name}", "the run was killed before it recorded it; a replay compares it")
 

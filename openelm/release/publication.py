@@ -90,8 +90,8 @@ class Sample(Line):
 class Saved(Line):
     folder: Text
     manifest_sha256: Hash
-    weights_sha256: Hash | None = None
-    optimizer_sha256: Hash | None = None
+    weights_sha256: Hash
+    optimizer_sha256: Hash
 
 
 class Start(Line):
@@ -227,6 +227,12 @@ class Publication:
     def config_sha256(self) -> str:
         """What `start` and `resume` lines record of the settings in `run.json`."""
         return sha256_bytes(canonical_json(self.config.model_dump(mode="json")))
+
+    @functools.cached_property
+    def background(self) -> bool:
+        """Whether checkpoints may have been saved in the background: the settings can change on the way."""
+        changed = any(start.config_sha256 != self.config_sha256 for start in self.starts)
+        return self.config.checkpoints.background or changed
 
     def same_settings(self, step: int) -> bool:
         """Whether an update was made with the settings in `run.json`."""

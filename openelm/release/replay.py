@@ -182,10 +182,7 @@ class _Replay:
             ("weights_sha256", saved.weights_sha256, self._updater.model.state_dict()),
             ("optimizer_sha256", saved.optimizer_sha256, self._updater.moments()),
         ):
-            if recorded is None:
-                self._findings.skip(f"{name} of step {update}", "the ledger does not hold it")
-            else:
-                _same(f"step {update}: {name}", recorded, weights_sha256(tensors), self._publication.ledger)
+            _same(f"step {update}: {name}", recorded, weights_sha256(tensors), self._publication.ledger)
 
     def _compare_state(self, step: int) -> None:
         checkpoint, folder = load_checkpoint(self._publication.folder, step), self._publication.checkpoint(step)

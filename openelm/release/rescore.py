@@ -65,6 +65,10 @@ def _ledger_scores(publication: Publication, ground: Ground, claimed: list[Evalu
     known = [line for line in claimed if line.step in publication.checkpoints]
     if missing := len(claimed) - len(known):
         findings.skip(f"{missing} of {len(claimed)} scores in the ledger", "no checkpoint of their steps is there")
+    changed = [line for line in known if not publication.same_settings(line.step)]
+    if changed:
+        findings.skip(f"{len(changed)} of {len(claimed)} scores in the ledger", "they were made with other settings")
+    known = [line for line in known if line not in changed]
     for line in known:
         model = OpenELM(ground.run.model_config)
         model.load_state_dict(load_checkpoint(publication.folder, line.step).weights)

@@ -15,6 +15,7 @@ from openelm.text.units import UnitEncoder, has_units
 # Of sentencepiece_model.proto: fields of ModelProto, which stand after the pieces; of TrainerSpec; and a model type.
 _TRAINER_FIELD, _NORMALIZER_FIELD = 2, 3
 _MODEL_TYPE_FIELD, _BPE = 3, 2
+_CHARSMAP_FIELD = 2  # of NormalizerSpec: the compiled rules, empty for identity
 _NUMBER, _BYTES, _FIXED_BYTES = 0, 2, {1: 8, 5: 4}  # wire types of protobuf
 _SILENT = 3
 
@@ -38,6 +39,10 @@ class SentencePieceTokenizer(Tokenizer):
         model = _fields(data)
         if not {_TRAINER_FIELD, _NORMALIZER_FIELD} <= model.keys():
             raise damaged
+        normalizer = model[_NORMALIZER_FIELD]
+        if isinstance(normalizer, bytes) and _fields(normalizer).get(_CHARSMAP_FIELD):
+            what = "the SentencePiece model normalises: it replaces characters, so text does not come back"
+            raise refuse(what, fix="use one that was trained with normalization_rule_name = identity", file=file)
         set_min_log_level(_SILENT)
         try:
             processor = SentencePieceProcessor(model_proto=data)

@@ -7,8 +7,10 @@ steps in their main threads: collective calls of two threads would come in anoth
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from openelm.errors import ProcessError
+from openelm.errors import OpenELMError, ProcessError
 from openelm.files import publish_folder
 from openelm.model.folder import weights_sha256
 from openelm.model.parts import own_part, parts
@@ -25,6 +27,7 @@ from openelm.train.checkpoint import checkpoint_folder, load_checkpoint, write_p
 from openelm.train.distributed import Processes
 
 _BUSY, _DONE, _FAILED = range(3)
+_ASK_SECONDS = 0.05
 
 
 class Saver:
@@ -64,8 +67,11 @@ class Saver:
         """
         done = None
         while self._stage is not None:
-            if not self._all_done(self._stage, wait_for_it=wait):
-                return None
+            if not self._all_done(self._stage):
+                if not wait:
+                    return None
+                futures.wait([self._stage], _ASK_SECONDS)
+                continue
             done, self._stage = self._stage, next(self._stages, None)
         return done.result() if done else None
 
@@ -105,10 +111,11 @@ class Saver:
             "optimizer_sha256": weights_sha256(saved.optimizer),
         }
 
-    def _all_done(self, stage: Future[Any], *, wait_for_it: bool) -> bool:
-        """Tell whether every process has done its stage; when one failed, all of them raise."""
-        if wait_for_it:
-            wait([stage])
+    def _all_done(self, stage: Future[Any]) -> bool:
+        """Tell whether every process has done its stage; when one failed, all of them raise.
+
+        Nobody waits in the collective call for another's disk, which may take longer than the processes' timeout.
+        """
         mine = _BUSY if not stage.done() else _FAILED if stage.exception() else _DONE
         everyone = self._processes.gather(torch.tensor([mine]))[:, 0].tolist()
         if mine == _FAILED:
@@ -127,6 +134,9 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert error is not None or self._stage is None, "what was begun must be taken"
+        if self._processes.count == 1 and isinstance(error, Exception):
+            with contextlib.suppress(OpenELMError):  # the first error says more
+                self.take(wait=True)
         self._thread.shutdown()
         self._unpublished.__exit__(kind, error, traceback)  # after an error, what is not published goes
 

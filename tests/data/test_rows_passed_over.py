@@ -116,7 +116,25 @@ def test_a_row_over_the_limit_is_listed_without_a_hash(open_stream, tmp_path):
 
 
 def test_a_listing_is_bounded_and_says_how_many_there_were():
-    rows = [{"source": "a", "file": "f", "line": line, "offset": None} for line in range(2500, 0, -1)]
+    rows = [
+        {"source": "a", "file": "f", "line": line, "offset": None, "code": "E_JSON", "sha256": None}
+        for line in range(2500, 0, -1)
+    ]
     listing = list_bad_rows(rows)
     assert listing["count"] == 2500
     assert [row["line"] for row in listing["rows"]] == list(range(1, 1001))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_of_one_name_in_two_folders_are_listed_in_one_order(open_stream, tmp_path, texts, seed):
+    for folder, bad in (("a", "[1]"), ("b", "[2]")):
+        (tmp_path / folder).mkdir()
+        lines = [bad, *(json.dumps({"text": text}) for text in texts[:8])]
+        (tmp_path / folder / "x.jsonl").write_text("\n".join(lines) + "\n")
+    source = {"name": "text", "paths": (str(tmp_path / "a"), str(tmp_path / "b"))}
+    listings = []
+    for workers in (0, 1, 2):
+        with open_stream([source], on_bad_row="skip", workers=workers, rows=8, seed=seed, length=600) as stream:
+            listings.append([list_bad_rows(next(stream).bad_rows) for _ in range(3)])
+    assert listings[0] == listings[1] == listings[2]
+    assert max(listing["count"] for listing in listings[0]) >= 2

@@ -180,7 +180,7 @@ def test_a_torn_journal_is_cut_where_it_tore(folder, tmp_path, tail):
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
     with Journal(path, {}) as journal:
-        assert journal.find(shard.name, shard.path, state) == shard
+        assert journal.find(shard.path, state) == shard
     assert path.read_bytes() == whole
 
 

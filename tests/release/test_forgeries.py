@@ -351,6 +351,6 @@ def test_other_data_on_the_verifiers_disk_is_named_and_is_no_verdict(
 ) -> None:
     write_corpus(tmp_path / "text.jsonl", 1, 50)
     shutil.copy(workshop.held_out, tmp_path)
-    with pytest.raises(DataError, match=r"read text\.jsonl with SHA-256") as caught:
+    with pytest.raises(DataError, match=r"text\.jsonl has SHA-256") as caught:
         workshop.verify(honest, 2, data=[(str(workshop.folder), str(tmp_path))])
     assert "--data OLD=NEW" in str(caught.value)

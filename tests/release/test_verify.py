@@ -285,3 +285,19 @@ def test_a_difference_that_other_code_may_have_made_says_so(workshop: Any, forge
     assert "step 7: batch_sha256" in str(findings.difference)
     assert "other code of openelm" in str(findings.difference) and "git_commit" in str(findings.difference)
     assert "other code" in findings.to_json()["first_difference"]["what"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        (("checkpoints.background=true",), ("checkpoints.background=false",), "checkpoints.background"),
+        ((), ("evaluation.max_bytes=96",), "evaluation"),
+    ],
+)
+def test_settings_changed_on_the_way_weaken_the_verdict_and_are_no_fault(
+    workshop: Any, tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], change: str
+) -> None:
+    workshop.train(tmp_path, *before, stop_at=at("step", 8))
+    workshop.train(tmp_path, *after, allow_change=[change])
+    findings = workshop.verify(tmp_path, 3)
+    assert findings.verdict.startswith("consistent (weaker: settings changed"), findings.difference

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from openelm.errors import DataError
 from openelm.text import units
 from openelm.text.spm import SentencePieceTokenizer
 from openelm.text.units import has_units
@@ -84,3 +86,12 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2000):
         tokenizer.encode(f" {number} apples")
         assert sum(map(len, tokenizer._units._ids)) <= 1000 + 13
+
+
+def test_a_model_that_replaces_characters_is_refused(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("201C\t22\n201D\t22\n")
+    data = model(add_dummy_prefix=False, normalization_rule_tsv=str(rules))
+    with pytest.raises(DataError, match="normalises") as caught:
+        SentencePieceTokenizer(data)
+    assert caught.value.code == "E_TOKENIZER"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from openelm.errors import DiskError, VerificationError
 from openelm.train import saving
-from openelm.train.checkpoint import write_part
+from openelm.train.checkpoint import checkpoint_steps, write_part
 from openelm.train.distributed import ALONE
 from openelm.train.objectives import NextToken
 from openelm.train.saving import Saver
@@ -117,3 +118,34 @@ def test_processes_whose_weights_differ_are_found_before_a_save(
     trainer.processes = TwoThatDiffer(0, 2)
     with pytest.raises(VerificationError, match="process 1 differ"):
         trainer._compare(trainer.updater.model.state_dict())
+
+
+def test_a_save_may_take_longer_than_the_processes_wait_for_each_other(
+    bench: Any, launch: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    def read_slowly() -> None:
+        load = saving.load_checkpoint
+
+        def slow(run: Path, step: int) -> Any:
+            time.sleep(4)
+            return load(run, step)
+
+        saving.load_checkpoint = slow
+
+    settings = ("train.timeout_seconds=2", "train.steps=3", "data.lanes=4")
+    launch.run(tmp_path / "run", 2, *settings, before={0: read_slowly})
+    assert checkpoint_steps(tmp_path / "run") == [3]
+
+
+def test_a_save_that_is_under_way_when_training_fails_is_not_lost(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = saving.load_checkpoint
+
+    def slow(run: Path, step: int) -> Any:
+        time.sleep(0.5)
+        return load(run, step)
+
+    monkeypatch.setattr(saving, "load_checkpoint", slow)
+    bench.train_until(tmp_path, 4, "checkpoints.background=true")
+    assert checkpoint_steps(tmp_path) == [3]
