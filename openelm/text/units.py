@@ -42,9 +42,11 @@ class UnitEncoder:
             self._ids.clear()
             self._characters = 0
         units = _find_units(text)
-        if new := [unit for unit in units if unit not in self._ids]:
-            self._learn(list(dict.fromkeys(new)))
-        return np.frombuffer(b"".join(map(self._ids.__getitem__, units)), np.int32)
+        parts = list(map(self._ids.get, units))
+        if not all(parts):
+            self._learn(list(dict.fromkeys(unit for unit, part in zip(units, parts, strict=True) if not part)))
+            parts = list(map(self._ids.get, units))
+        return np.frombuffer(b"".join(parts), np.int32)  # type: ignore[arg-type]
 
     def _learn(self, units: Sequence[str]) -> None:
         self._characters += sum(map(len, units))
