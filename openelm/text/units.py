@@ -39,27 +39,26 @@ class UnitEncoder:
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return what the library would, (ids,) int32."""
         if self._characters > _MOST_CHARACTERS:
-            self._ids.clear()
-            self._characters = 0
-        units = _find_units(text)
-        parts = list(map(self._ids.get, units))
+            self._ids, self._characters = {}, 0
+        known, units = self._ids, _find_units(text)  # another thread may forget, but not these
+        parts = list(map(known.get, units))
         if not all(parts):
-            self._learn(list(dict.fromkeys(unit for unit, part in zip(units, parts, strict=True) if not part)))
-            parts = list(map(self._ids.get, units))
+            self._learn(known, list(dict.fromkeys(unit for unit, part in zip(units, parts, strict=True) if not part)))
+            parts = list(map(known.get, units))
         return np.frombuffer(b"".join(parts), np.int32)  # type: ignore[arg-type]
 
-    def _learn(self, units: Sequence[str]) -> None:
+    def _learn(self, known: dict[str, bytes], units: Sequence[str]) -> None:
         self._characters += sum(map(len, units))
         joined = []
         for unit in units:
             if unit[0] == " " and unit[-1] != " ":
                 joined.append(unit)
             else:  # it would not stay apart from its neighbours
-                self._ids[unit] = self._processor.encode(unit, return_type="numpy").tobytes()
+                known[unit] = self._processor.encode(unit, return_type="numpy").tobytes()
         ids = self._processor.encode("".join(joined), return_type="numpy")
         ends = np.cumsum([len(unit.encode()) for unit in joined])
         stops = np.searchsorted(np.cumsum(self._byte_lengths[ids]), ends) + 1
         data, start = ids.tobytes(), 0
         for unit, stop in zip(joined, (ids.itemsize * stops).tolist(), strict=True):
-            self._ids[unit] = data[start:stop]
+            known[unit] = data[start:stop]
             start = stop
