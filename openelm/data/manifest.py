@@ -199,7 +199,10 @@ def shard_from_json(value: dict[str, Any]) -> Shard:
         ValueError: it is none.
     """
     check_kinds(value, _SHARD_KINDS)
-    return Shard(**{**value, "blocks": Blocks(value["blocks"])})
+    shard = Shard(**{**value, "blocks": Blocks(value["blocks"])})
+    if shard.rows != shard.blocks.rows or "\0" in shard.path:
+        raise ValueError(f"{shard.rows} rows in blocks of {shard.blocks.rows}, or no path: {shard.path[:80]!r}")
+    return shard
 
 
 def source_from_json(value: dict[str, Any], shards: Iterable[Shard]) -> Source:

@@ -15,7 +15,7 @@ import pydantic
 from pydantic import Field
 
 from openelm.data.manifest import Manifest
-from openelm.data.manifest_file import manifest_of, read_manifest_file
+from openelm.data.manifest_file import check_has_text, manifest_of, read_manifest_file
 from openelm.errors import DataError, VerificationError
 from openelm.files import canonical_json, sha256_bytes
 from openelm.train.checkpoint import checkpoint_folder
@@ -267,7 +267,10 @@ class Publication:
     def _manifest(self, key: str, recorded: Mapping[str, Any]) -> Manifest:
         path = self.folder / LISTS[key]
         try:
-            manifest = manifest_of(read_manifest_file(plain(path)))
+            surveys = read_manifest_file(plain(path))
+            for survey in surveys:
+                check_has_text(survey, path)
+            manifest = manifest_of(surveys)
         except DataError as error:
             raise VerificationError(error.what, file=path) from None
         if recorded.get("sha256") != manifest.sha256:

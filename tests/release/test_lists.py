@@ -66,7 +66,8 @@ def test_a_summary_that_is_not_that_of_the_list(workshop: Any, forged: Path) -> 
         (("sources",), 3), (("sources", 0), None), (("sources", 0, "part"), "1"), (("sources", 0, "source"), []),
         (("sources", 0, "source", "shards"), [{}]), (("sources", 0, "source", "weight"), "much"),
         (("sources", 0, "source", "unheard-of"), 1), (("sources", 0, "source", "shards", 0, "rows"), "50"),
-        (("sources", 0, "source", "shards", 0, "path"), 5),
+        (("sources", 0, "source", "shards", 0, "path"), 5), (("sources", 0, "source", "shards", 0, "path"), "a\0b"),
+        (("sources", 0, "source", "weight"), 0.0), (("sources", 0, "source", "shards", 0, "rows"), 10**6),
         (("sources", 0, "source", "shards", 0, "blocks"), [[1, "x"]]),
         (("sources", 0, "source", "shards", 0, "blocks"), {"a": [[0, 1, 0, 0, 10**30]]}),
     ],
@@ -81,3 +82,22 @@ def test_a_hostile_list_is_a_failed_verification_and_never_a_crash(
 
     forge_list(forged / "data.json", edit)
     assert_caught(workshop, forged, 0, "data.json", "not a data manifest")
+
+
+@pytest.mark.parametrize("weight", ["NaN", "1e999", "-1.0"])
+def test_a_weight_that_is_no_share_is_refused(workshop: Any, forged: Path, weight: str) -> None:
+    path = forged / "data.json"
+    data = path.read_bytes().replace(b'"weight":1.0', b'"weight":' + weight.encode(), 1)
+    start = data.index(b',"sha256":"')
+    rest = data[start + len(b',"sha256":""') + 64 :]
+    digest = sha256_bytes(data[:start] + rest[:-1]).encode()
+    path.write_bytes(data[:start] + b',"sha256":"' + digest + b'"' + rest)
+    assert_caught(workshop, forged, 0, "data.json", "not a data manifest", "weight")
+
+
+def test_a_source_without_files_is_refused(workshop: Any, forged: Path) -> None:
+    def edit(content: Any) -> None:
+        content["sources"][0]["source"]["shards"] = []
+
+    forge_list(forged / "data.json", edit)
+    assert_caught(workshop, forged, 0, "data.json", "is empty")
