@@ -7,6 +7,7 @@ a fresh interpreter that imports that module only, so neither torch nor the call
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -82,7 +83,7 @@ def run_tasks_on_ray(function: str, tasks: Sequence[tuple[Any, ...]], *, address
         fix = "install it: pip install 'openelm-framework[ray]'"
         raise ConfigError("--ray needs the package of the extra `ray`", fix=fix) from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         fix = "give the address of a running cluster, or `local` for one on this machine"
         raise ConfigError(f"no Ray cluster at {address!r} ({str(error)[:120]})", fix=fix) from None
