@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from openelm.data.process import CLOSE_SECONDS, WorkerProcess
 from openelm.errors import ConfigError, DataError, OpenELMError
 
-_CLOSE_SECONDS = 2.0
 _PACKAGE = "openelm."
 
 
@@ -56,7 +51,7 @@ def run_tasks(function: str, tasks: Sequence[tuple[Any, ...]], *, workers: int) 
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 process = busy[connection]
-                index, result = process.index, process.result()
+                index, result = process.index, process.receive()
                 if isinstance(result, str):
                     raise RuntimeError(f"work on a shard failed:\n{result}")
                 following = next(waiting, None)
@@ -145,62 +140,23 @@ def _result_or_traceback(call: Callable[..., Any], task: tuple[Any, ...]) -> Any
         return traceback.format_exc()
 
 
-class _Process:
-    """A worker process and this end of its pipe; the process ends when the pipe is closed, so none is orphaned."""
+class _Process(WorkerProcess):
+    """A worker process that does one task after the other."""
 
     def __init__(self, function: str) -> None:
-        self.connection, other = multiprocessing.Pipe()
+        fix = "is memory short? run the same command again; what was done is kept"
+        super().__init__("openelm.data.pool", name="worker process", fix=fix)
         self.index = -1
-        start = f"from openelm.data.pool import main; main({other.fileno()})"
-        # Ctrl-C reaches the whole group, but only the caller is to act on it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {start}"],
-                pass_fds=[other.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=_one_thread(os.environ),
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            other.close()
-        self._talk(lambda: self.connection.send(function))
+        self.send(function)
 
     def begin(self, index: int, task: tuple[Any, ...]) -> None:
         self.index = index
-        self._talk(lambda: self.connection.send(task))
-
-    def result(self) -> Any:
-        return self._talk(self.connection.recv)
-
-    def _talk(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except (EOFError, OSError):
-            self.connection.close()
-            code = self.end(_CLOSE_SECONDS)
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        fix = "is memory short? run the same command again; what was done is kept"
-        raise DataError(f"worker process {self._process.pid} {how}", fix=fix, code="E_WORKER")
-
-    def end(self, seconds: float) -> int:
-        """Wait so long for the process to end, then kill it; returns its exit status."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        self.send(task)
 
 
 def _end_all(pool: Sequence[_Process]) -> None:
     for process in pool:
-        process.connection.close()
-    deadline = time.monotonic() + _CLOSE_SECONDS
+        process.hang_up()
+    deadline = time.monotonic() + CLOSE_SECONDS
     for process in pool:
-        process.end(max(0.0, deadline - time.monotonic()))
-
-
-def _one_thread(environment: Mapping[str, str]) -> dict[str, str]:
-    """The processes are the parallelism: thread pools in each would only cost memory."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ARROW_NUM_THREADS", "RAYON_NUM_THREADS")
-    return {**environment, **dict.fromkeys(names, "1")}
+        process.wait(max(0.0, deadline - time.monotonic()))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import multiprocessing
-import os
-import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +19,12 @@ from openelm.data.exclude import load_exclusions
 from openelm.data.manifest import Manifest, SourceConfig
 from openelm.data.manifest_file import Survey, load_surveys, manifest_of, survey_sources
 from openelm.data.pieces import pieces_fingerprint
-from openelm.data.worker import Job, LaneGroup, Part, command
+from openelm.data.process import CLOSE_SECONDS, WorkerProcess
+from openelm.data.worker import Job, LaneGroup, Part
 from openelm.errors import ConfigError, DataError, OpenELMError
 from openelm.text.tokenizer import Tokenizer
 
 IGNORED_TARGET = -100
-_CLOSE_SECONDS = 2.0
 
 
 class DataConfig(Config):
@@ -188,7 +183,7 @@ class BatchStream:
         count = min(config.workers, len(lanes))
         shares = [lanes[worker :: max(1, count)] for worker in range(max(1, count))]
         self._owners = {lane: worker for worker, share in enumerate(shares) for lane in share}
-        self._sources: list[_WorkerProcess | LaneGroup] = []
+        self._sources: list[_LaneProcess | LaneGroup] = []
         if not count:
             self._sources.append(LaneGroup(job, tokenizer, shares[0]))
         else:
@@ -201,7 +196,7 @@ class BatchStream:
     def _start(self, job: Job, shares: Sequence[Sequence[int]], ahead: int) -> None:
         workers = []
         for _ in shares:
-            workers.append(_WorkerProcess())
+            workers.append(_LaneProcess())
             self._sources.append(workers[-1])
         for worker, share in zip(workers, shares, strict=True):
             worker.begin(job, share, ahead)
@@ -246,11 +241,11 @@ class BatchStream:
     def close(self) -> None:
         """End the worker processes; none is left when this returns."""
         sources, self._sources = self._sources, []
-        workers = [source for source in sources if isinstance(source, _WorkerProcess)]
+        workers = [source for source in sources if isinstance(source, _LaneProcess)]
         for worker in workers:
             worker.hang_up()
         for worker in workers:
-            worker.wait()
+            worker.wait(CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -315,28 +310,16 @@ def _batch(
     return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256, bad_rows)
 
 
-class _WorkerProcess:
-    """A worker process and this end of its pipe; the process ends when the pipe is closed."""
+class _LaneProcess(WorkerProcess):
+    """A worker process that reads some lanes."""
 
     def __init__(self) -> None:
-        self._connection, other = multiprocessing.Pipe()
-        # One thread each: the processes are the parallelism, and idle thread pools cost memory.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-        environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
-        # Workers inherit the blocked signals: Ctrl-C or another stop signal to the group is for the trainer alone.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-        try:
-            descriptor = other.fileno()
-            self._process = subprocess.Popen(
-                command(descriptor), pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            other.close()
+        fix = "is memory short? run the same command again to go on from the last checkpoint"
+        super().__init__("openelm.data.worker", name="data worker process", fix=fix)
 
     def begin(self, job: Job, lanes: Sequence[int], ahead: int) -> None:
         """Say what to do; the first steps are read at once."""
-        self._talk(functools.partial(self._connection.send, (job, tuple(lanes), ahead)))
+        self.send((job, tuple(lanes), ahead))
 
     def next_part(self) -> Part:
         """Receive the next step's rows and allow one more to be read ahead.
@@ -344,36 +327,11 @@ class _WorkerProcess:
         Raises:
             OpenELMError: the one raised in the worker; DataError E_WORKER if the process is gone.
         """
-        answer = self._talk(self._connection.recv)
+        answer = self.receive()
         if isinstance(answer, OpenELMError):
             raise answer
         if isinstance(answer, str):
             raise RuntimeError(f"a data worker failed:\n{answer}")
         assert isinstance(answer, Part)
-        self._talk(functools.partial(self._connection.send, None))
+        self.send(None)
         return answer
-
-    def _talk(self, call: Any) -> Any:
-        try:
-            return call()
-        except (EOFError, OSError):
-            self.hang_up()
-            code = self.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        raise DataError(
-            f"data worker process {self._process.pid} {how}",
-            fix="is memory short? run the same command again to go on from the last checkpoint",
-            code="E_WORKER",
-        )
-
-    def hang_up(self) -> None:
-        """Close the pipe; the process ends at its next step."""
-        self._connection.close()
-
-    def wait(self) -> int:
-        """Wait for the process to end, killing it if it takes long; returns its exit status."""
-        try:
-            return self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()

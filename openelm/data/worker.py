@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,12 +135,3 @@ def _serve(connection: Connection, job: Job, numbers: Sequence[int], ahead: int)
         connection.send(traceback.format_exc())
     while True:  # stay until the other end closes, so that the answer above is read first
         connection.recv()
-
-
-def command(descriptor: int) -> list[str]:
-    """Return the command line of a worker process: a fresh interpreter that imports this module only.
-
-    Not multiprocessing.Process, whose children import the caller's main module, and with it torch.
-    """
-    start = f"from openelm.data.worker import main; main({descriptor})"
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {start}"]
