@@ -36,6 +36,12 @@ def launch(request: pytest.FixtureRequest, bench: Any) -> Launch:
 
 
 @pytest.fixture(scope="module")
+def forks(bench: Any) -> Launch:
+    """For what one process does first: only a fork can, and CUDA does not survive one."""
+    return Launch(bench)
+
+
+@pytest.fixture(scope="module")
 def alone(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -130,12 +136,12 @@ def small_buckets() -> None:
 
 
 def test_gradients_that_are_sent_while_the_backward_pass_goes_on_are_the_same_sums(
-    bench: Any, launch: Launch, tmp_path: Path
+    bench: Any, forks: Launch, tmp_path: Path
 ) -> None:
     """Sums of two numbers have no order, so neither the buckets nor the moment they are sent at change a bit."""
     settings = (*SETTINGS, "train.micro_rows=2")
-    launch.run(tmp_path / "one", 2, *settings)
-    launch.run(tmp_path / "many", 2, *settings, before={0: small_buckets, 1: small_buckets})
+    forks.run(tmp_path / "one", 2, *settings)
+    forks.run(tmp_path / "many", 2, *settings, before={0: small_buckets, 1: small_buckets})
     assert bench.fingerprint(tmp_path / "many") == bench.fingerprint(tmp_path / "one")
     assert bench.history(tmp_path / "many") == bench.history(tmp_path / "one")
 
@@ -257,12 +263,12 @@ def count_gradient_sums(into: Path) -> None:
     torch.distributed.reduce_scatter_single = counted
 
 
-def test_accumulation_over_parts_of_a_batch_sends_no_more_gradients(launch: Launch, tmp_path: Path) -> None:
+def test_accumulation_over_parts_of_a_batch_sends_no_more_gradients(forks: Launch, tmp_path: Path) -> None:
     counts = {}
     for rows in (4, 1):
         log = tmp_path / f"{rows}.log"
         settings = (*SHARDED, "train.steps=3", f"train.micro_rows={rows}")
-        launch.run(tmp_path / str(rows), 2, *settings, before={0: functools.partial(count_gradient_sums, log)})
+        forks.run(tmp_path / str(rows), 2, *settings, before={0: functools.partial(count_gradient_sums, log)})
         counts[rows] = len(log.read_text())
     assert counts[4] >= 9  # each of two layers and the rest, in each of three steps
     assert counts[1] == counts[4]
