@@ -205,7 +205,8 @@ class OpenELM(nn.Module):
         x = self.transformer.token_embeddings(tokens)
         rope = self.rotary.at(start, length, tokens.device)
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        whole, stage = (_again if recompute == kind else _at_once for kind in ("full", "selective"))
+        whole = _again if recompute == "full" else _at_once
+        stage = _again if recompute == "selective" else _at_once
         for layer in self.transformer.layers:
             x = whole(layer, x, rope, cache, documents, stage)
         if cache is not None:

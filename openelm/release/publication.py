@@ -101,7 +101,7 @@ class Start(Line):
     data_sha256: Hash
     tokenizer_sha256: Hash
     parameters: Count
-    processes: Annotated[int, Field(ge=1, strict=True)] = 1
+    processes: Annotated[int, Field(ge=1, strict=True)]
     environment: dict[str, Text]
     manifest_sha256: Hash | None = None
 
@@ -157,7 +157,7 @@ class SavedState(Strict):
     recent_losses: tuple[Hex, ...]
     cursors: tuple[dict[str, Any], ...]
     ledger_head: Hash
-    parts: Annotated[int, Field(ge=1)] = 1
+    parts: Annotated[int, Field(ge=1)]
 
 
 def _increasing(steps: tuple[int, ...]) -> tuple[int, ...]:

@@ -124,8 +124,8 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     folder = checkpoint_folder(run, step)
     try:
         state = json.loads(read_file(folder / STATE))
-        count = int(state.get("parts", 1))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        count = int(state["parts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError("missing or damaged", file=folder / STATE) from None
     names = [[_part_name(stem, part, count) for part in range(count)] for stem in ("model", "optimizer")]
     digest = verify_folder(folder, names=(STATE, *names[0], *names[1]))

@@ -359,7 +359,7 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
         key: description["environment"].get(key) for key in ("openelm", "code", "torch", "precision", "cpu_capability")
     }
     return {
-        **RunConfig.parse(description["config"]).model_dump(mode="json"),  # options that came later have their default
+        **RunConfig.parse(description["config"]).model_dump(mode="json"),
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
         "held_out_sha256": description["held_out"] and description["held_out"]["sha256"],
