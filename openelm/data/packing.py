@@ -14,7 +14,7 @@ from openelm.data.exclude import Exclusions
 from openelm.data.filters import token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
-from openelm.data.reading import SourceReader, describe_bad_row, reason_to_drop
+from openelm.data.reading import SourceReader, reason_to_drop
 from openelm.errors import DataError
 from openelm.text.tokenizer import Tokenizer
 
@@ -117,9 +117,9 @@ class Lane:
                 return self._document
             add_drops(self._drops, {reader.source.name: {reason: 1}})
             if isinstance(row, DataError):
-                self._bad_rows.append(describe_bad_row(reader.source, row))
+                self._bad_rows.append(reader.describe(row))
             self._positions[self._index] = after(position)
-            if dropped >= 64 * reader.source.rows:
+            if dropped >= 64 * reader.rows:
                 break
         raise nothing_usable(dropped + 1, self._number, self._drops)
 

@@ -12,7 +12,7 @@ from openelm.data.filters import character_filter, token_filter
 from openelm.data.lanes import Position
 from openelm.data.mixture import choose_source
 from openelm.data.packing import DROPS_IN_A_ROW, RowSettings, Tokens, after, bad_cursor, nothing_usable
-from openelm.data.reading import SourceReader, describe_bad_row, reason_to_drop
+from openelm.data.reading import SourceReader, reason_to_drop
 from openelm.errors import ConfigError, DataError
 from openelm.text.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ class PieceLane:
         while dropped < DROPS_IN_A_ROW:
             index = choose_source(self._taken_tokens, self._weights, self._number, self._length + 1)
             reader = self._sources[index]
-            if finished > 64 * reader.source.rows:
+            if finished > 64 * reader.rows:
                 break
             row, self._positions[index] = reader.row(self._positions[index])
             reason = reason_to_drop(row, self._settings.on_bad_row)
@@ -105,7 +105,7 @@ class PieceLane:
                 return
             add_drops(self._drops, {reader.source.name: {reason: 1}})
             if isinstance(row, DataError):
-                self._bad_rows.append(describe_bad_row(reader.source, row))
+                self._bad_rows.append(reader.describe(row))
             dropped += 1
         raise nothing_usable(dropped, self._number, self._drops)
 

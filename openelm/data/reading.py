@@ -56,14 +56,6 @@ def reason_to_drop(row: Document | DataError, on_bad_row: str, min_characters: i
     return character_filter(row.text, min_characters)
 
 
-def describe_bad_row(source: Source, error: DataError) -> BadRow:
-    """Say which row was passed over, so that it is found again wherever the data lie."""
-    path = str(error.file)
-    name = next((shard.name for shard in source.shards if shard.path == path), path)
-    place = {"source": source.name, "file": name, "line": error.line, "offset": error.offset}
-    return {**place, "code": error.code, "sha256": error.row_sha256}
-
-
 def read_block(source: Source, shard: Shard, block: Block, first: int = 0) -> Iterator[Document | DataError]:
     """Yield a block's rows from its row `first` on, exactly as many as the manifest says.
 
@@ -94,6 +86,8 @@ class SourceReader:
 
     def __init__(self, order: DocumentOrder, lane: int) -> None:
         self.source, self._order, self._lane = order.source, order, lane
+        self.rows = order.source.rows
+        self._names: dict[str, str] = {}  # of the shards, by their paths; made when there is a bad row
         self._loaded: Position | None = None  # the start of the slice in memory
         self._rows: list[Document | DataError] = []
         self._open: list[Iterator[Document | DataError]] = []
@@ -111,6 +105,12 @@ class SourceReader:
             if position.index < len(self._rows):
                 return self._rows[position.index], position
             position = self._order.next_slice(self._lane, start)
+
+    def describe(self, error: DataError) -> BadRow:
+        """Say which row was passed over, so that it is found again wherever the data lie."""
+        self._names = self._names or {shard.path: shard.name for shard in self.source.shards}
+        place = {"source": self.source.name, "file": self._names[str(error.file)], "line": error.line}
+        return {**place, "offset": error.offset, "code": error.code, "sha256": error.row_sha256}
 
     def _load(self, start: Position) -> None:
         follows = self._loaded is not None and start == Position(
