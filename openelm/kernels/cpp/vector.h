@@ -1,0 +1,123 @@
+// Vectors as wide as the target's registers, in the GCC and Clang notation, so that one source serves every CPU.
+//
+// A library is compiled once for each instruction set and chosen at run time (openelm/kernels/native.py). Sums that
+// decide a result are taken in an order that depends on the shapes alone, never on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+
+namespace openelm {
+
+#if defined(__AVX512F__)
+constexpr long WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr long WIDTH = 8;
+#else
+constexpr long WIDTH = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(WIDTH * 4)));
+typedef float vec_unaligned __attribute__((vector_size(WIDTH * 4), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
+typedef uint16_t halves_unaligned __attribute__((vector_size(WIDTH * 2), aligned(2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+// Rounds to nearest, ties to even, as torch does; a NaN stays one.
+inline uvec rounded_bits(vec x) {
+    uvec bits = (uvec)x;
+    uvec up = bits + 0x7fff + ((bits >> 16) & 1);
+    return x == x ? up : uvec{} + 0x7fc00000;
+}
+
+inline vec load(const float* p) { return *(const vec_unaligned*)p; }
+inline vec load(const bf16* p) {
+    return (vec)(__builtin_convertvector((halves)*(const halves_unaligned*)p, uvec) << 16);
+}
+inline void store(float* p, vec x) { *(vec_unaligned*)p = x; }
+inline void store(bf16* p, vec x) { *(halves_unaligned*)p = __builtin_convertvector(rounded_bits(x) >> 16, halves); }
+
+// The first n elements of a vector; the others are zero.
+template <class T> inline vec load_first(const T* p, long n) {
+    T part[WIDTH] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+template <class T> inline void store_first(T* p, vec x, long n) {
+    T part[WIDTH];
+    store(part, x);
+    std::memcpy(p, part, n * sizeof(T));
+}
+
+inline float sum(vec x) {
+    float parts[WIDTH];
+    store(parts, x);
+    for (long half = WIDTH / 2; half > 0; half /= 2)
+        for (long i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+inline float largest(vec x) {
+    float best = x[0];
+    for (long i = 1; i < WIDTH; i++) best = std::max(best, x[i]);
+    return best;
+}
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// e^x to 1.5 units in the last place; below -87.3 it is 0, above 88.3 infinite. By Cephes' reduction x = n ln 2 + r, |r| <= ln 2 / 2.
+inline vec exp(vec x) {
+    vec clamped = larger(x, splat(-87.3f));
+    clamped = clamped < 88.3f ? clamped : splat(88.3f);
+    const vec shift = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number
+    vec n = (clamped * 1.44269504f + shift) - shift;
+    vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.f);
+    vec power = (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+    vec result = x > 88.3f ? splat(INFINITY) : p * power;
+    result = x < -87.3f ? vec{} : result;
+    return x == x ? result : x;
+}
+
+// A block of memory that grows and is kept: fresh pages cost more than most kernels.
+class Scratch {
+  public:
+    float* floats(long count) {
+        if (count > count_) {
+            std::free(data_);
+            count_ = (count + 1023) / 1024 * 1024;
+            data_ = (float*)std::aligned_alloc(4096, count_ * sizeof(float));
+        }
+        return data_;
+    }
+    ~Scratch() { std::free(data_); }
+
+  private:
+    float* data_ = nullptr;
+    long count_ = 0;
+};
+
+}  // namespace openelm

@@ -1,0 +1,57 @@
+"""The kernels in C++: the library for this CPU, and calls to it. Without one everything runs on plain torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INSTRUCTION_SETS = {"AVX2": "avx2", "AVX512": "avx512"}
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kernels_name() -> str:
+    """Name the kernels in use: the instruction set of the C++ ones, or `torch`."""
+    return _INSTRUCTION_SETS[torch.backends.cpu.get_cpu_capability()] if _library() else "torch"
+
+
+def runs_native(*tensors: Tensor) -> bool:
+    """Tell whether the C++ kernels take these tensors: fp32 or bf16 on a CPU, eagerly, and built for this CPU."""
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and _library() is not None
+    )
+
+
+def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:
+    """Call `openelm_<name>` with tensors as pointers, whole numbers as long and others as float; the last argument
+    that it is given is the number of threads. The caller answers for shapes, strides and dtypes."""
+    library = _library()
+    assert library is not None
+    library[f"openelm_{name}"](*map(_converted, arguments), ctypes.c_long(torch.get_num_threads()))
+
+
+def _converted(argument: Tensor | int | float | bool | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_void_p(None) if argument is None else ctypes.c_long(argument)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Load the library for torch's own choice of instruction set, which ATEN_CPU_CAPABILITY can lower."""
+    name = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability())
+    found = importlib.util.find_spec(f"openelm.kernels._{name}") if name else None
+    if found is None or found.origin is None:
+        return None
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError:  # no libgomp among what torch has loaded
+        return None

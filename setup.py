@@ -1,0 +1,29 @@
+"""Builds the C++ kernels, once for each instruction set; where that fails, the package runs on plain torch."""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = Path("openelm/kernels/cpp")
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+
+extensions = []
+if sys.platform == "linux" and platform.machine() == "x86_64":
+    extensions = [
+        Extension(
+            f"openelm.kernels._{name}",
+            sources=sorted(path.as_posix() for path in SOURCES.glob("*.cpp")),
+            depends=sorted(path.as_posix() for path in SOURCES.glob("*.h")),
+            # -fopenmp is left out when linking: the threads are those of the libgomp that torch has loaded.
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", *flags],
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+
+setup(ext_modules=extensions)
