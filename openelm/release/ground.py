@@ -23,7 +23,7 @@ from openelm.train.run import Run, environment, run_model
 
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-3, 1e-2
 """Relative, where the verifier's numerics differ: per step, and per tensor at the end of a segment (L2 norm)."""
-_DECIDES_BITS = ("code", "torch", "machine", "cpu_capability", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "precision")
+_DECIDES_BITS = ("code", "torch", "machine", "cpu_capability", "kernels", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "precision")
 _MOST_THREADS = 256
 
 Replacements = Sequence[tuple[str, str]]

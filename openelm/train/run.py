@@ -23,6 +23,7 @@ from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files import canonical_json, make_folder, publish_folder, sha256_bytes, sha256_file, write_atomic
+from openelm.kernels.native import kernels_name
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
@@ -253,6 +254,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels_name(),
         "threads": str(torch.get_num_threads()),
         "precision": precision,
         **{
@@ -264,7 +266,9 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
 
 
 _PACKAGE = Path(__file__).parents[1]
-_DECIDING = ("config.py", *(f"{room}/**/*.py" for room in ("data", "kernels", "model", "optim", "text", "train")))
+_ROOMS = ("data", "kernels", "model", "optim", "text", "train")
+_DECIDING = ("config.py", "kernels/cpp/*", *(f"{room}/**/*.py" for room in _ROOMS))
+_COMPARED = ("openelm", "code", "torch", "precision", "cpu_capability", "kernels")
 
 
 @functools.cache
@@ -355,9 +359,7 @@ def _check_changes(
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what must not change between the starts of one run, under the names a recipe uses."""
-    environment = {
-        key: description["environment"].get(key) for key in ("openelm", "code", "torch", "precision", "cpu_capability")
-    }
+    environment = {key: description["environment"].get(key) for key in _COMPARED}
     return {
         **RunConfig.parse(description["config"]).model_dump(mode="json"),
         "environment": environment,

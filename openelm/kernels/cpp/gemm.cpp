@@ -17,7 +17,7 @@ template <class A, class B>
 void multiply(long m, long n, long k, Matrix<A> a, Matrix<B> b, float* c, long c_row, bool add, int threads) {
     bool by_rows = m >= n;
     Matrix<B> b_lines{b.data, b.column, b.row};  // a line of B is a column
-    long blocks = std::max(1L, strips(k, DEPTH)), block = strips(k, blocks);
+    long blocks = std::max(1L, strips(k, DEPTH)), block = std::max(1L, strips(k, blocks));
     long strip = by_rows ? STRIP_M : STRIP_N, count = by_rows ? m : n;
     long pieces = std::max(strips(count, by_rows ? ROWS : 4 * STRIP_N), std::min(8L * threads, strips(count, strip)));
     long piece = strips(strips(count, pieces), strip) * strip;
