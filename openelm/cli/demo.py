@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from openelm.cli.screen import Screen
-from openelm.cli.train import find_recipe, publish_average, train_run
+from openelm.cli.train import find_recipe, print_run, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
@@ -123,12 +123,7 @@ def _open(folder: Path, config: RunConfig, console: Console) -> Run:
     if not (folder / "tokenizer").exists():
         console.print("reading the text and training a tokenizer …", style="dim")
     run = open_run(folder, config)
-    shards = [shard for source in run.manifest.sources for shard in source.shards]
-    console.print(
-        f"{run.model_config.parameters:,} parameters, {run.model_config.num_transformer_layers} layers, "
-        f"vocabulary {run.tokenizer.vocab_size:,}; {sum(shard.bytes for shard in shards):,} bytes "
-        f"in {len(shards)} files; {run.precision} on {run.device.type}; folder {printable(str(folder))}"
-    )
+    print_run(run, console)
     return run
 
 

@@ -17,6 +17,7 @@ from openelm.config import apply_overrides, read_toml
 from openelm.data.stream import BatchStream
 from openelm.errors import CheckpointError, ConfigError, printable
 from openelm.files import folder_lock, make_folder
+from openelm.kernels.native import kernels_name, native_missing
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
 from openelm.model.folder import save_model
@@ -46,6 +47,7 @@ def train_recipe(arguments: argparse.Namespace) -> int:
             make_folder(folder)
             opened.enter_context(folder_lock(folder))
             run = open_run(folder, config, allow_change=arguments.allow_change)
+            print_run(run, console)
         processes.wait_for_all()
         if not processes.leads:
             run = open_run(folder, config, allow_change=arguments.allow_change, leads=False)
@@ -56,6 +58,19 @@ def train_recipe(arguments: argparse.Namespace) -> int:
     console.print(f"\nreport   {printable(str(page))}")
     console.print(f"next     openelm average {printable(str(folder))} --last {min(5, config.checkpoints.keep_last)}")
     return 0
+
+
+def print_run(run: Run, console: Console) -> None:
+    """Say what is trained, on what and where."""
+    shards = [shard for source in run.manifest.sources for shard in source.shards]
+    kernels = f" with {kernels_name()} kernels" if run.device.type == "cpu" else ""
+    console.print(
+        f"{run.model_config.parameters:,} parameters, {run.model_config.num_transformer_layers} layers, "
+        f"vocabulary {run.tokenizer.vocab_size:,}; {sum(shard.bytes for shard in shards):,} bytes "
+        f"in {len(shards)} files; {run.precision} on {run.device.type}{kernels}; folder {printable(str(run.folder))}"
+    )
+    if run.device.type == "cpu" and (missing := native_missing()):
+        console.print(f"training will be slow: {missing}", style="yellow")
 
 
 def average(arguments: argparse.Namespace) -> int:

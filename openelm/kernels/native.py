@@ -19,6 +19,16 @@ def kernels_name() -> str:
     return _INSTRUCTION_SETS[torch.backends.cpu.get_cpu_capability()] if _library() else "torch"
 
 
+def native_missing() -> str | None:
+    """Say why there are no C++ kernels where there could be some, and what to do; None where all is well."""
+    name = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability())
+    if name is None or _library():
+        return None
+    return (
+        f"the {name} kernels are not built; install a C++ compiler, then openelm again (pip install --force-reinstall)"
+    )
+
+
 def runs_native(*tensors: Tensor) -> bool:
     """Tell whether the C++ kernels take these tensors: fp32 or bf16 on a CPU, eagerly, and built for this CPU."""
     return (
