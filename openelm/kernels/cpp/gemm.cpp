@@ -19,7 +19,7 @@ void multiply(long m, long n, long k, Matrix<A> a, Matrix<B> b, float* c, long c
     Matrix<B> b_lines{b.data, b.column, b.row};  // a line of B is a column
     long blocks = std::max(1L, strips(k, DEPTH)), block = std::max(1L, strips(k, blocks));
     long strip = by_rows ? STRIP_M : STRIP_N, count = by_rows ? m : n;
-    long pieces = std::max(strips(count, by_rows ? ROWS : 4 * STRIP_N), std::min(8L * threads, strips(count, strip)));
+    long pieces = std::max(strips(count, by_rows ? ROWS : 8 * STRIP_N), std::min(8L * threads, strips(count, strip)));
     long piece = strips(strips(count, pieces), strip) * strip;
     long other = by_rows ? strips(n, STRIP_N) * STRIP_N : strips(m, STRIP_M) * STRIP_M;
     float* whole = shared_copy.floats(other * block + 8);
@@ -51,8 +51,8 @@ void multiply(long m, long n, long k, Matrix<A> a, Matrix<B> b, float* c, long c
                             );
                 } else {
                     copy_strips<B, STRIP_N>(own, b_lines, first, here, start, depth);
-                    for (long i = 0; i < m; i += STRIP_M)
-                        for (long j = 0; j < here; j += STRIP_N)
+                    for (long j = 0; j < here; j += STRIP_N)
+                        for (long i = 0; i < m; i += STRIP_M)
                             multiply_strips(
                                 std::min(STRIP_M, m - i), std::min(STRIP_N, here - j), depth, whole + i * depth,
                                 own + j * depth, c + i * c_row + first + j, c_row, adds

@@ -49,6 +49,32 @@ inline void transpose(eight (&r)[8]) {
     for (int j = 0; j < 8; j++) r[j] = t[j];
 }
 
+// The first `count` of eight numbers.
+template <long count> void store_part(float* p, eight x) {
+    typedef float four __attribute__((vector_size(16)));
+    typedef float two __attribute__((vector_size(8)));
+    if constexpr (count == 8) {
+        std::memcpy(p, &x, 32);
+    } else {
+        four low = __builtin_shufflevector(x, x, 0, 1, 2, 3);
+        std::memcpy(p, &low, 16);
+        if constexpr (count == 6) {
+            two high = __builtin_shufflevector(x, x, 4, 5);
+            std::memcpy(p + 4, &high, 8);
+        }
+    }
+}
+
+// Eight steps of K from line `first` on: strip[k][first ...].
+template <long STRIP, long first, class T>
+void copy_eight_steps(float* strip, const T* lines_data, long line, long lines) {
+    eight block[8];
+    for (long i = 0; i < 8; i++) block[i] = first + i < lines ? load_eight(lines_data + (first + i) * line) : eight{};
+    transpose(block);
+    for (long i = 0; i < 8; i++) store_part<std::min(8L, STRIP - first)>(strip + i * STRIP + first, block[i]);
+    if constexpr (first + 8 < STRIP) copy_eight_steps<STRIP, first + 8>(strip, lines_data, line, lines);
+}
+
 // Copies `lines` lines of `depth` elements to strip[k][line]; lines beyond `lines` are zero. A line lies along K.
 template <long STRIP, class T>
 void copy_strip(float* strip, const T* lines_data, long line, long along, long lines, long depth) {
@@ -58,19 +84,8 @@ void copy_strip(float* strip, const T* lines_data, long line, long along, long l
         return;
     }
     long k = 0;
-    if (along == 1) {
-        for (; k + 8 <= depth; k += 8) {
-            // From the last lines to the first: a store of eight may run over into lines stored later.
-            for (long first = (STRIP - 1) / 8 * 8; first >= 0; first -= 8) {
-                eight block[8];
-                for (long i = 0; i < 8; i++)
-                    block[i] = first + i < lines ? load_eight(lines_data + (first + i) * line + k) : eight{};
-                transpose(block);
-                long width = std::min(8L, STRIP - first);
-                for (long i = 0; i < 8; i++) std::memcpy(strip + (k + i) * STRIP + first, &block[i], width * 4);
-            }
-        }
-    }
+    if (along == 1)
+        for (; k + 8 <= depth; k += 8) copy_eight_steps<STRIP, 0>(strip + k * STRIP, lines_data + k, line, lines);
     for (; k < depth; k++)
         for (long i = 0; i < STRIP; i++)
             strip[k * STRIP + i] = i < lines ? widen(lines_data[i * line + k * along]) : 0.f;
