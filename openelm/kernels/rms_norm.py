@@ -7,58 +7,50 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from openelm.kernels.precision import runs_by_hand, wide_dtype
-
-_CHUNK_BYTES = 1 << 19  # what one core's cache holds beside the operands
+from openelm.kernels import native
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise the last axis: x (..., d), weight (d,) -> (..., d) in the promoted dtype of x and weight.
 
-    The normalised x is rounded to x's dtype before it meets the weight, as in the released models.
+    The normalised x is rounded to x's dtype before it meets the weight, as in the released models. With `dtype` the
+    result is the one that a cast after the norm would give.
     """
-    if runs_by_hand(x):
-        out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
+    if native.runs_native(x, weight) and dtype in (torch.float32, torch.bfloat16):
+        out: Tensor = _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, dtype)  # type: ignore[no-untyped-call]
         return out
     if x.dtype == weight.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x, weight.shape, None, eps) * weight
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """Return 1 / sqrt(mean(x²) + eps) over the last axis, kept as an axis of one, in the wide dtype."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
+    return (F.rms_norm(x, weight.shape, None, eps) * weight).to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves x and one number a row; the backward works on cache-sized stretches of rows."""
+    """Saves its operands; what is made of them again costs nothing beside reading them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        if x.dtype == inverse.dtype == weight.dtype:
-            return torch.mul(x, inverse).mul_(weight)
-        return (x * inverse).to(x.dtype) * weight
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        out = torch.empty(x.shape, dtype=dtype)
+        native.call("rms_norm", *_sizes(x), eps, *_typed(x), *_typed(weight), *_typed(out))
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        dim, wide = x.shape[-1], inverse.dtype
-        x_gradient = torch.empty(x.shape, dtype=x.dtype)
-        weight_gradient = torch.zeros(dim, dtype=wide)
-        rows = max(1, _CHUNK_BYTES // (dim * wide.itemsize))
-        flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, gradients[0], inverse, x_gradient))
-        parts = (torch.split(tensor, rows) for tensor in flat)
-        wide_weight = weight.to(wide)
-        for x_part, gradient, scale, out in zip(*parts, strict=True):
-            normed = x_part * scale
-            products = normed * gradient
-            weight_gradient += products.sum(0)
-            # d x = scale · (g·w − x̂ · mean(x̂·g·w))
-            mean = torch.mv(products, wide_weight).div_(-dim).unsqueeze(1)
-            torch.mul(gradient, wide_weight, out=products)
-            out.copy_(products.addcmul_(normed, mean).mul_(scale))
-        return x_gradient, weight_gradient.to(weight.dtype), None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_gradient, weight_gradient = torch.empty_like(x), torch.empty(weight.shape)
+        operands = (*_typed(x), *_typed(weight), *_typed(gradient.contiguous()))
+        native.call("rms_norm_backward", *_sizes(x), ctx.eps, *operands, x_gradient, weight_gradient)
+        return x_gradient, weight_gradient.to(weight.dtype), None, None
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
+    return x.shape[:-1].numel(), x.shape[-1]
+
+
+def _typed(tensor: Tensor) -> tuple[Tensor, bool]:
+    return tensor, tensor.dtype == torch.bfloat16

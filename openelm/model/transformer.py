@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
 from openelm.kernels.linear import linear
+from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
 from openelm.kernels.rotary import qk_norm_rope
 from openelm.kernels.swiglu import swiglu
@@ -56,8 +57,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise; `dtype` is that of the product which follows, so that x is rounded once and kept once."""
+        return rms_norm(x, self.weight, self.eps, dtype)
 
 
 class Attention(nn.Module):
@@ -139,9 +141,10 @@ class Layer(nn.Module):
         stage: Stage,
     ) -> Tensor:
         """Each stage ends with a projection, which `_again` need not repeat: nothing keeps what it gives."""
-        qkv = stage(lambda x: self.attn.qkv_proj(self.attn_norm(x)), x)
+        dtype = matmul_dtype(x, self.attn_norm.weight)
+        qkv = stage(lambda x: self.attn.qkv_proj(self.attn_norm(x, dtype)), x)
         x = x + stage(self.attn, qkv, rope, cache, documents)
-        gate_up = stage(lambda x: self.ffn.proj_1(self.ffn_norm(x)), x)
+        gate_up = stage(lambda x: self.ffn.proj_1(self.ffn_norm(x, dtype)), x)
         x = x + stage(self.ffn, gate_up)
         return x
 

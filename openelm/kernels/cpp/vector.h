@@ -10,10 +10,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 
 namespace openelm {
 
-#if defined(__AVX512F__)
+#if defined(OPENELM_WIDTH)  // for tests of one width on a CPU with another: the compiler splits the vectors
+constexpr long WIDTH = OPENELM_WIDTH;
+#elif defined(__AVX512F__)
 constexpr long WIDTH = 16;
 #elif defined(__AVX2__)
 constexpr long WIDTH = 8;
@@ -56,6 +59,21 @@ inline vec load(const bf16* p) {
 inline void store(float* p, vec x) { *(vec_unaligned*)p = x; }
 inline void store(bf16* p, vec x) { *(halves_unaligned*)p = __builtin_convertvector(rounded_bits(x) >> 16, halves); }
 
+// What is read again of a vector stored as T.
+template <class T> inline vec rounded(vec x) {
+    if constexpr (std::is_same_v<T, bf16>)
+        return (vec)(rounded_bits(x) & 0xffff0000);
+    else
+        return x;
+}
+
+// The dtype of a product of the two.
+template <class A, class B>
+using promoted = std::conditional_t<std::is_same_v<A, bf16> && std::is_same_v<B, bf16>, bf16, float>;
+
+// Calls with a value of the dtype: by_dtype(is_bf16, [&](auto x) { using X = decltype(x); ... }).
+template <class Call> inline void by_dtype(bool is_bf16, Call call) { is_bf16 ? call(bf16{}) : call(float{}); }
+
 // The first n elements of a vector; the others are zero.
 template <class T> inline vec load_first(const T* p, long n) {
     T part[WIDTH] = {};
@@ -66,6 +84,17 @@ template <class T> inline void store_first(T* p, vec x, long n) {
     T part[WIDTH];
     store(part, x);
     std::memcpy(p, part, n * sizeof(T));
+}
+
+// The same for n from 1 to WIDTH; where the compiler knows that n is WIDTH nothing is left of the choice.
+template <class T> inline vec load_some(const T* p, long n) { return n == WIDTH ? load(p) : load_first(p, n); }
+template <class T> inline void store_some(T* p, vec x, long n) { n == WIDTH ? store(p, x) : store_first(p, x, n); }
+
+// Calls body(start, n) for one vector after the other; n is less than WIDTH for the last one alone.
+template <class Body> inline __attribute__((always_inline)) void by_vectors(long count, Body body) {
+    long i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) body(i, WIDTH);
+    if (i < count) body(i, count - i);
 }
 
 inline float sum(vec x) {
@@ -101,6 +130,9 @@ inline vec exp(vec x) {
     result = x < -87.3f ? vec{} : result;
     return x == x ? result : x;
 }
+
+// How many threads are worth waking for so many numbers.
+inline int team(long numbers, long threads) { return numbers < 16384 ? 1 : threads; }
 
 // A block of memory that grows and is kept: fresh pages cost more than most kernels.
 class Scratch {
