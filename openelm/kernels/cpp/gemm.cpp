@@ -20,6 +20,7 @@ void multiply(long m, long n, long k, Matrix<A> a, Matrix<B> b, float* c, long c
     long blocks = std::max(1L, strips(k, DEPTH)), block = std::max(1L, strips(k, blocks));
     long strip = by_rows ? STRIP_M : STRIP_N, count = by_rows ? m : n;
     long pieces = std::max(strips(count, by_rows ? ROWS : 8 * STRIP_N), std::min(8L * threads, strips(count, strip)));
+    pieces = strips(pieces, threads) * threads;
     long piece = strips(strips(count, pieces), strip) * strip;
     long other = by_rows ? strips(n, STRIP_N) * STRIP_N : strips(m, STRIP_M) * STRIP_M;
     float* whole = shared_copy.floats(other * block + 8);
