@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,7 +44,14 @@ def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:
     that it is given is the number of threads. The caller answers for shapes, strides and dtypes."""
     library = _library()
     assert library is not None
-    library[f"openelm_{name}"](*map(_converted, arguments), ctypes.c_long(torch.get_num_threads()))
+    getattr(library, f"openelm_{name}")(*map(_converted, arguments), ctypes.c_long(torch.get_num_threads()))
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call an autograd Function; where nothing learns, without the bookkeeping that costs one token more than it."""
+    if torch.is_grad_enabled() and any(isinstance(entry, Tensor) and entry.requires_grad for entry in arguments):
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return function.forward(SimpleNamespace(save_for_backward=lambda *tensors: None), *arguments)
 
 
 def _converted(argument: Tensor | int | float | bool | None) -> Any:

@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     """
     dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
     if native.runs_native(x, weight) and dtype in (torch.float32, torch.bfloat16):
-        out: Tensor = _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, dtype)  # type: ignore[no-untyped-call]
+        out: Tensor = native.apply(_RMSNorm, x.contiguous(), weight.contiguous(), eps, dtype)
         return out
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps).to(dtype)

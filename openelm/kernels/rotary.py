@@ -33,7 +33,7 @@ def qk_norm_rope(
     if native.runs_native(qkv, q_weight, k_weight) and q_weight.dtype == k_weight.dtype:
         tables = (table.float().contiguous() for table in (cos, sin))
         operands = (heads.contiguous(), q_weight.contiguous(), k_weight.contiguous(), *tables)
-        q, k, v = _NormRope.apply(*operands, query_heads, eps)  # type: ignore[no-untyped-call]
+        q, k, v = native.apply(_NormRope, *operands, query_heads, eps)
         return q, k, v
     q, k, v = torch.split(heads.transpose(1, 2), [query_heads, kv_heads, kv_heads], dim=1)
     return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps), v

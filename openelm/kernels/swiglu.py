@@ -15,7 +15,7 @@ from openelm.kernels import native
 def swiglu(gate_up: Tensor) -> Tensor:
     """Gate one half by the other: gate_up (..., 2f) -> silu(gate) * up (..., f)."""
     if native.runs_native(gate_up):
-        out: Tensor = _SwiGLU.apply(gate_up.contiguous())  # type: ignore[no-untyped-call]
+        out: Tensor = native.apply(_SwiGLU, gate_up.contiguous())
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
