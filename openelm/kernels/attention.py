@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openelm.kernels.native import call, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype
+
+_LINE = 16  # components of a head are padded to multiples of it, as in cpp/attention.h
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None) -> Tensor:
@@ -16,11 +21,59 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = Non
     the document of each position: a position sees only its own document. Follows torch.autocast.
     """
     dtype = matmul_dtype(q, k, v)
+    if runs_native(q, k, v) and q.numel():
+        if documents is not None:
+            documents = _small_numbers(documents)
+        out: Tensor = _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype), documents)  # type: ignore[no-untyped-call]
+        return out
     if q.shape[2] > 1 and emulates_bf16(q, dtype):  # the bf16 backward is ten times slower there; one token has none
         q, k, v = (part.to(dtype).float() for part in (q, k, v))
         with torch.autocast("cpu", enabled=False):
             return _attention(q, k, v, documents).to(dtype)
     return _attention(q, k, v, documents)
+
+
+class _Attention(torch.autograd.Function):
+    """In C++, without a matrix of all scores; keeps two numbers a query beside inputs and output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
+        rows, heads, length, head_dim = q.shape
+        out = q.new_empty(rows, length, heads * head_dim)
+        wanted = any(ctx.needs_input_grad)
+        statistics = torch.empty(2, rows, heads, length) if wanted else None
+        call("attention", *_described(q, k, v), documents, out, statistics)
+        ctx.save_for_backward(q, k, v, documents, out, statistics)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, documents, out, statistics = ctx.saved_tensors
+        rows, heads, length, head_dim = q.shape
+        q_gradient = q.new_empty(rows, length, heads, head_dim)
+        k_gradient, v_gradient = torch.zeros(2, *k.shape[:3], -(-head_dim // _LINE) * _LINE)
+        sums = (statistics, gradient.contiguous(), q_gradient, k_gradient, v_gradient)
+        call("attention_gradients", *_described(q, k, v), documents, out, *sums)
+        k_gradient, v_gradient = (sums[..., :head_dim].to(k.dtype) for sums in (k_gradient, v_gradient))
+        return q_gradient.transpose(1, 2), k_gradient, v_gradient, None
+
+
+def _described(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | int, ...]:
+    """Return what `openelm_attention` wants to know of its inputs."""
+    rows, heads, length, head_dim = q.shape
+    strided = (number for part in (q, k, v) for number in (part, *part.stride()[:3]))
+    return q.dtype == torch.bfloat16, rows, heads, *k.shape[1:2], length, k.shape[2], head_dim, *strided
+
+
+def _small_numbers(documents: Tensor) -> Tensor:
+    """Return int32 numbers that are equal where these are."""
+    if documents.dtype == torch.int64 and documents.numel():
+        least, most = torch.aminmax(documents)
+        if least < -(2**31) or most >= 2**31:
+            documents = torch.unique(documents, return_inverse=True)[1]
+    return documents.to(torch.int32).contiguous()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:

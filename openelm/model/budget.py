@@ -27,7 +27,7 @@ class Work:
     Attributes:
         rows, length: sequences that go through the model at once, and their tokens.
         precision: "bf16" under autocast with fp32 weights, or "fp32".
-        kind: "cpu", whose kernels keep less for the backward pass, or "gpu".
+        kind: "cpu", whose C++ kernels keep less for the backward pass, or "gpu".
         recompute: what is computed again instead of kept: "none", "selective" or "full".
         document_mask: rows hold several documents that are hidden from each other.
     """
@@ -81,10 +81,10 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     norms = 2 * (_WIDE + narrow) * dim
     projected = narrow * (q + 2 * kv)
     turned = narrow * (2 * (q + kv) if work.kind == "gpu" else q + 2 * kv)
-    attended = narrow * 2 * q
+    attended = narrow * 2 * q if work.kind == "gpu" else narrow * q + 2 * _WIDE * plan.query_heads[layer]
     gated = narrow * plan.ffn_dims[layer] * (4 if work.kind == "gpu" else 3)
     masks = 0
-    if work.document_mask:
+    if work.document_mask and work.kind == "gpu":
         groups = plan.query_heads[layer] // plan.kv_heads[layer]
         masks = work.rows * groups * work.length**2 * narrow
     return work.tokens * (norms + projected + turned + attended + gated) + masks
