@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openelm.kernels.attention_gpu import Documents
 from openelm.kernels.precision import emulates_bf16, matmul_dtype
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | Documents | None = None) -> Tensor:
     """Attend causally: q (B, Hq, T, hd), k and v (B, Hk, S, hd) -> (B, T, Hq*hd).
 
     The queries are the last T of the S positions; query head j reads key head j // (Hq/Hk). documents (B, S) holds
     the document of each position: a position sees only its own document. Follows torch.autocast.
     """
+    if isinstance(documents, Documents):
+        return documents.attend(q, k, v)
     dtype = matmul_dtype(q, k, v)
     if q.shape[2] > 1 and emulates_bf16(q, dtype):  # the bf16 backward is ten times slower there; one token has none
         q, k, v = (part.to(dtype).float() for part in (q, k, v))
