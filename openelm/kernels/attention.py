@@ -8,18 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openelm.kernels.attention_gpu import Documents
 from openelm.kernels.native import call, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype
 
 _LINE = 16  # components of a head are padded to multiples of it, as in cpp/attention.h
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | Documents | None = None) -> Tensor:
     """Attend causally: q (B, Hq, T, hd), k and v (B, Hk, S, hd) -> (B, T, Hq*hd).
 
     The queries are the last T of the S positions; query head j reads key head j // (Hq/Hk). documents (B, S) holds
     the document of each position: a position sees only its own document. Follows torch.autocast.
     """
+    if isinstance(documents, Documents):
+        return documents.attend(q, k, v)
     dtype = matmul_dtype(q, k, v)
     if runs_native(q, k, v) and q.numel():
         if documents is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openelm.kernels import cross_entropy_gpu
 from openelm.kernels.linear import product
 from openelm.kernels.native import call, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype, wide_dtype
@@ -25,15 +26,20 @@ def linear_cross_entropy(
     a target only. Follows torch.autocast. The gradients are computed with the loss, chunk by chunk (Cut
     Cross-Entropy, arXiv 2411.09009, names the idea; here the chunks are rows and nothing is dropped).
     """
-    kept = (targets != -100).nonzero().squeeze(1)
-    if len(kept) < len(targets):
-        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
     dtype = matmul_dtype(hidden, weight)
+    if not _on_gpu(hidden, dtype):
+        kept = (targets != -100).nonzero().squeeze(1)
+        if len(kept) < len(targets):
+            hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
     learning = torch.is_grad_enabled()
     loss_sum, nll_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, z_loss, dtype, learning
     )
     return loss_sum, nll_sum
+
+
+def _on_gpu(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return hidden.is_cuda and dtype != torch.float64 and cross_entropy_gpu.available()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,11 +69,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return loss_sum, nll_sum and the gradients of loss_sum that are needed.
+    """Return loss_sum, nll_sum and the gradients of loss_sum that are needed; every row has a target.
 
     With p = softmax of a row of logits, l its logsumexp and s = 1 + 2·z_loss·l, the gradient of the row's logits is
     s·p − onehot = s·(p − onehot/s): p is kept where the logits were, and s scales the row's hidden vector instead.
     """
+    if _on_gpu(hidden, dtype):
+        return cross_entropy_gpu.loss_and_gradients(hidden, weight, targets, z_loss, dtype, needs)
     wide = wide_dtype(dtype)
     h, w = hidden.to(dtype), weight.to(dtype)
     narrow = dtype == torch.bfloat16 and not emulates_bf16(h, dtype)  # whether products come out in bf16

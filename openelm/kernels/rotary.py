@@ -35,13 +35,16 @@ def qk_norm_rope(
         operands = (heads.contiguous(), q_weight.contiguous(), k_weight.contiguous(), *tables)
         q, k, v = native.apply(_NormRope, *operands, query_heads, eps)
         return q, k, v
-    q, k, v = torch.split(heads.transpose(1, 2), [query_heads, kv_heads, kv_heads], dim=1)
-    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps), v
+    q, k, v = torch.split(heads, [query_heads, kv_heads, kv_heads], dim=2)
+    cos, sin = cos[:, None], sin[:, None]
+    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps), v.transpose(1, 2)
 
 
 def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """x (B, T, H, hd) -> (B, H, T, hd), in memory as it was: the order that attention on GPUs reads and writes."""
     first, second = rms_norm(x.to(wide_dtype(x.dtype)), weight, eps).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype).transpose(1, 2)
 
 
 class _NormRope(torch.autograd.Function):

@@ -10,13 +10,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
+from openelm.errors import ConfigError
 from openelm.model.measured import DEVICES, MEASURED, Device, Measurement
 from openelm.model.plan import LayerPlan
 from openelm.model.sizes import model_size
 from openelm.model.transformer import Recompute
 
 _WIDE = 4  # bytes of an fp32 number
-CHUNK_BYTES = {"fp32": 32 << 20, "bf16": 128 << 20, "gpu": 512 << 20}
+CHUNK_BYTES = {"fp32": 64 << 20, "bf16": 128 << 20, "gpu": 512 << 20}
 """Wide logits that the loss holds at once (kernels/cross_entropy.py; a test compares them)."""
 
 
@@ -28,7 +29,7 @@ class Work:
         rows, length: sequences that go through the model at once, and their tokens.
         precision: "bf16" under autocast with fp32 weights, or "fp32".
         kind: "cpu", whose C++ kernels keep less for the backward pass, or "gpu".
-        recompute: what is computed again instead of kept: "none", "selective" or "full".
+        recompute: what is computed again instead of kept, by all layers or by each.
         document_mask: rows hold several documents that are hidden from each other.
     """
 
@@ -36,8 +37,11 @@ class Work:
     length: int
     precision: str = "bf16"
     kind: str = "gpu"
-    recompute: Recompute = "none"
+    recompute: Recompute | tuple[Recompute, ...] = "none"
     document_mask: bool = False
+
+    def recompute_of(self, layer: int) -> Recompute:
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[layer]
 
     @property
     def tokens(self) -> int:
@@ -74,9 +78,9 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     """
     narrow, dim = work.narrow, plan.dim
     q, kv = plan.query_heads[layer] * plan.head_dim, plan.kv_heads[layer] * plan.head_dim
-    if work.recompute == "full":
+    if work.recompute_of(layer) == "full":
         return work.tokens * _WIDE * dim
-    if work.recompute == "selective":
+    if work.recompute_of(layer) == "selective":
         return work.tokens * (2 * _WIDE * dim + narrow * (q + 2 * kv + 2 * plan.ffn_dims[layer]))
     norms = 2 * (_WIDE + narrow) * dim
     projected = narrow * (q + 2 * kv)
@@ -84,7 +88,7 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     attended = narrow * 2 * q if work.kind == "gpu" else narrow * q + 2 * _WIDE * plan.query_heads[layer]
     gated = narrow * plan.ffn_dims[layer] * (4 if work.kind == "gpu" else 3)
     masks = 0
-    if work.document_mask and work.kind == "gpu":
+    if work.document_mask and work.kind == "gpu" and work.precision != "bf16":
         groups = plan.query_heads[layer] // plan.kv_heads[layer]
         masks = work.rows * groups * work.length**2 * narrow
     return work.tokens * (norms + projected + turned + attended + gated) + masks
@@ -96,6 +100,37 @@ def activation_bytes(plan: LayerPlan, work: Work) -> int:
     whole = [layer_activation_bytes(plan, layer, replace(work, recompute="none")) for layer in range(plan.layers)]
     again = max(most - least for most, least in zip(whole, kept, strict=True))
     return sum(kept) + again + 2 * _WIDE * plan.dim * work.tokens
+
+
+def recompute_within(plan: LayerPlan, work: Work, most_bytes: int) -> tuple[Recompute, ...]:
+    """Choose what each layer computes again so that `activation_bytes` fits, greedily by bytes won for each FLOP.
+
+    Raises:
+        ConfigError: it does not fit even if every layer computes everything again.
+    """
+    if (least := activation_bytes(plan, replace(work, recompute="full"))) > most_bytes:
+        raise ConfigError(
+            f"train.activation_gb {most_bytes / 1e9:g} is too little for {work.rows} rows of {work.length} tokens: "
+            f"computing all layers again needs {least / 1e9:.3g}",
+            fix="set train.micro_rows lower, or train.activation_gb higher",
+        )
+    kinds: list[Recompute] = ["none"] * plan.layers
+
+    def kept(layer: int, kind: Recompute) -> int:
+        return layer_activation_bytes(plan, layer, replace(work, recompute=kind))
+
+    def cost(layer: int, kind: Recompute) -> float:
+        products = 2 * _layer_parameters(plan)[layer] if kind == "full" else 0
+        return work.tokens * (products + 2 * plan.query_heads[layer] * plan.head_dim * (work.length + 1))
+
+    steps: tuple[tuple[Recompute, Recompute], ...] = (("none", "selective"), ("selective", "full"))
+    for before, after in steps:
+        won = [(kept(n, before) - kept(n, after)) / cost(n, after) for n in range(plan.layers)]
+        for layer in sorted(range(plan.layers), key=lambda n: -won[n]):
+            if activation_bytes(plan, replace(work, recompute=tuple(kinds))) <= most_bytes:
+                return tuple(kinds)
+            kinds[layer] = after
+    return tuple(kinds)
 
 
 def loss_bytes(plan: LayerPlan, vocab_size: int, work: Work) -> int:

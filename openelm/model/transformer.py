@@ -9,8 +9,10 @@ Shapes: B rows, T tokens, D dim, V vocabulary, Hq and Hk query and KV heads of t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,12 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
+from openelm.kernels.attention_gpu import Documents, visible_documents
 from openelm.kernels.linear import linear
 from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
 from openelm.kernels.rotary import qk_norm_rope
 from openelm.kernels.swiglu import swiglu
 from openelm.model.cache import KeyValueCache
+from openelm.model.compiled import compiled, keep_products, widths_may_vary
 from openelm.model.config import ModelConfig
 from openelm.model.rotary import RotaryTable
 
@@ -76,7 +80,11 @@ class Attention(nn.Module):
         self.out_proj = Linear(self.query_heads * plan.head_dim, plan.dim)
 
     def forward(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None, documents: Tensor | None
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+        documents: Tensor | Documents | None,
     ) -> Tensor:
         """Attend with what `qkv_proj` gave."""
         q, k, v = qk_norm_rope(  # (B, Hq, T, E), (B, Hk, T, E), (B, Hk, T, E)
@@ -137,16 +145,32 @@ class Layer(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: KeyValueCache | None,
-        documents: Tensor | None,
-        stage: Stage,
+        documents: Tensor | Documents | None,
+        compute: Callable[..., Tensor],
     ) -> Tensor:
-        """Each stage ends with a projection, which `_again` need not repeat: nothing keeps what it gives."""
-        dtype = matmul_dtype(x, self.attn_norm.weight)
-        qkv = stage(lambda x: self.attn.qkv_proj(self.attn_norm(x, dtype)), x)
-        x = x + stage(self.attn, qkv, rope, cache, documents)
-        gate_up = stage(lambda x: self.ffn.proj_1(self.ffn_norm(x, dtype)), x)
-        x = x + stage(self.ffn, gate_up)
-        return x
+        """Compute with `block`, or with another way to do the same."""
+        return compute(self, x, rope, cache, documents)
+
+
+def block(
+    layer: Layer,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    cache: KeyValueCache | None,
+    documents: Tensor | Documents | None,
+    stage: Stage = _at_once,
+) -> Tensor:
+    """Compute a layer; each stage ends with a projection, which `_again` need not repeat: nothing keeps its result."""
+    dtype = matmul_dtype(x, layer.attn_norm.weight)
+    qkv = stage(lambda x: layer.attn.qkv_proj(layer.attn_norm(x, dtype)), x)
+    x = x + stage(layer.attn, qkv, rope, cache, documents)
+    gate_up = stage(lambda x: layer.ffn.proj_1(layer.ffn_norm(x, dtype)), x)
+    x = x + stage(layer.ffn, gate_up)
+    return x
+
+
+_block_in_stages = functools.partial(block, stage=_again)
+_block_of_products = functools.partial(keep_products, block)
 
 
 class Transformer(nn.Module):
@@ -172,7 +196,10 @@ class OpenELM(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.rotary = RotaryTable(config.head_dim, config.rope_freq_constant)
-        self.recompute: Recompute = "none"
+        self.recompute: Recompute | tuple[Recompute, ...] = "none"
+        """For all layers alike, or for each of them."""
+        self.compiles = False
+        """Whether layers run through torch.compile where gradients are taken, that is in training."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -196,7 +223,9 @@ class OpenELM(nn.Module):
         """
         return self.logits(self.hidden(tokens, cache=cache, documents=documents))
 
-    def hidden(self, tokens: Tensor, *, cache: KeyValueCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, cache: KeyValueCache | None = None, documents: Tensor | Documents | None = None
+    ) -> Tensor:
         """Return the final normalised states (B, T, D), from which `logits` predicts; see `forward`."""
         assert cache is None or documents is None
         start, length = (0 if cache is None else cache.used), tokens.shape[1]
@@ -207,15 +236,31 @@ class OpenELM(nn.Module):
             )
         x = self.transformer.token_embeddings(tokens)
         rope = self.rotary.at(start, length, tokens.device)
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
-        whole = _again if recompute == "full" else _at_once
-        stage = _again if recompute == "selective" else _at_once
-        for layer in self.transformer.layers:
-            x = whole(layer, x, rope, cache, documents, stage)
+        if documents is not None:
+            documents = visible_documents(documents, matmul_dtype(self.head_weight), tokens.device)
+        if cache is None and torch.is_grad_enabled():
+            x = self._learning(x, rope, documents)
+        else:
+            for layer in self.transformer.layers:
+                x = layer(x, rope, cache, documents, block)
         if cache is not None:
             cache.advance(length)
         normalised: Tensor = self.transformer.norm(x)
         return normalised
+
+    def _learning(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | Documents | None) -> Tensor:
+        """Compute the layers as gradients want it."""
+        layers = self.transformer.layers
+        kinds = (self.recompute,) * len(layers) if isinstance(self.recompute, str) else self.recompute
+        with widths_may_vary() if self.compiles else nullcontext():
+            for layer, kind in zip(layers, kinds, strict=True):
+                whole = _again if kind == "full" else _at_once
+                if self.compiles:
+                    compute = compiled(_block_of_products if kind == "selective" else block)
+                else:
+                    compute = _block_in_stages if kind == "selective" else block
+                x = whole(layer, x, rope, None, documents, compute)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply states (..., D) by the tied head; returns (..., V)."""

@@ -80,7 +80,7 @@ def stand_on(publication: Publication, tokenizer: Tokenizer, replacements: Repla
     kind = _kind(recorded)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = choose_device(kind if available[kind] else "cpu")
-    precision: Literal["fp32", "bf16"] = "bf16" if recorded.get("precision") == "bf16" else "fp32"
+    precision: Literal["fp32", "bf16"] = "bf16" if recorded.get("precision") in ("bf16", "float8") else "fp32"
     run = Run(
         folder=publication.folder,
         config=publication.config,

@@ -32,7 +32,7 @@ from openelm.train.ledger import Ledger
 from openelm.train.objectives import Objective
 from openelm.train.run import Run, environment
 from openelm.train.saving import Saver
-from openelm.train.update import Event, Updater
+from openelm.train.update import Event, Launched, Updater
 
 Observer = Callable[[Event], None]
 
@@ -119,7 +119,10 @@ class _Trainer:
         self.config = run.config.train
         self.updater = Updater(run, objective, processes)
         self.state = self.updater.state
-        dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        self.launched: tuple[Launched, float, float] | None = None
+        """An update that is to be recorded, when its batch was asked for, and when it began."""
+        self.recorded = 0.0
+        dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         self.matmul_flops = matmul_flops_per_second(run.device, dtype) * processes.count
         self.flops_per_token = run.model_config.plan.training_flops_per_token(
             run.model_config.vocab_size, self.config.length
@@ -136,13 +139,18 @@ class _Trainer:
         with _stop_requests() as stop_signals:
             while self.state.step < self.config.steps:
                 self._step(batches)
-                self.state.seconds = clock.seconds()
                 last = self.state.step == self.config.steps
+                saving = last or self.state.step % self.run.config.checkpoints.every == 0
+                measuring = last or any(self.state.step % probe.every == 0 for probe in self.probes)
+                if saving or measuring or not self.updater.runs_ahead:
+                    self._record_launched()
+                self.state.seconds = clock.seconds()
                 self._measure(last)
                 self.state.seconds = clock.seconds()
                 self._take(wait=False)
                 stopping = self.processes.any_true(bool(stop_signals))
-                if stopping or last or self.state.step % self.run.config.checkpoints.every == 0:
+                if stopping or saving:
+                    self._record_launched()
                     self._save(self._all_cursors(batches))
                 if (stopping or last) and self.run.config.checkpoints.background:
                     self._take(wait=True)
@@ -164,17 +172,33 @@ class _Trainer:
             self.ledger.sync()
 
     def _step(self, batches: Batches) -> None:
-        """Take a batch, do one update with it and record it.
+        """Take a batch, begin an update with it, and meanwhile record the one before, if that is still to do.
+
+        Raises:
+            NumericError: see `_record_launched`.
+        """
+        asked = time.perf_counter()
+        try:
+            batch = next(batches)
+            began = time.perf_counter()
+            launched = self.updater.launch(batch)
+        finally:
+            self._record_launched()
+        self.launched = launched, asked, began
+
+    def _record_launched(self) -> None:
+        """Wait for the update that was begun last, unless that was recorded, and record it.
 
         Raises:
             NumericError: the policy is to stop, or too many updates in a row were skipped.
         """
-        asked = time.perf_counter()
-        batch = next(batches)
-        began, tokens_before = time.perf_counter(), self.state.tokens
-        events, error = self.updater.update(batch)
-        seconds = time.perf_counter() - began
-        tokens = self.state.tokens - tokens_before
+        if self.launched is None:
+            return
+        (launched, asked, began), self.launched = self.launched, None
+        events, error = self.updater.finish(launched)
+        done = time.perf_counter()
+        seconds, self.recorded = done - max(began, self.recorded), done
+        tokens = launched.totals.tokens
         speed = {
             "seconds": round(seconds, 6),
             "wait_seconds": round(began - asked, 6),

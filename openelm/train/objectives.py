@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from openelm.kernels.attention_gpu import Documents
 from openelm.kernels.cross_entropy import linear_cross_entropy
 from openelm.model.transformer import OpenELM
 
@@ -15,13 +16,14 @@ class Objective(Protocol):
     """Turns rows of a batch into a sum to minimise."""
 
     def __call__(
-        self, model: OpenELM, inputs: Tensor, targets: Tensor, documents: Tensor | None
+        self, model: OpenELM, inputs: Tensor, targets: Tensor, documents: Tensor | Documents | None
     ) -> tuple[Tensor, Tensor]:
         """Return (differentiable sum to minimise, detached sum of nats) over the targets that are not -100.
 
         Args:
             inputs, targets: ids (B, T).
-            documents: (B, T) document of each position, or None where rows hold one document each.
+            documents: (B, T) document of each position, what `visible_documents` makes of it, or None where rows hold
+                one document each.
         """
 
 
@@ -32,7 +34,7 @@ class NextToken:
     z_loss: float = 1e-4
 
     def __call__(
-        self, model: OpenELM, inputs: Tensor, targets: Tensor, documents: Tensor | None
+        self, model: OpenELM, inputs: Tensor, targets: Tensor, documents: Tensor | Documents | None
     ) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(inputs, documents=documents)
         return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), z_loss=self.z_loss)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,7 @@ from openelm.kernels.native import kernels_name
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
+from openelm.model.float8 import check_float8
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
 from openelm.model.transformer import Recompute
@@ -61,8 +63,9 @@ class TrainConfig(Config):
     """Sequences per forward and backward pass; gradients are averaged over all target tokens of the step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the initial weights and the document order."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32."""
+    precision: Literal["auto", "fp32", "bf16", "float8"] = "auto"
+    """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32. `float8`: bf16, and the layers'
+    projections in float8 (extra `float8`, CUDA capability 8.9 or more)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     numerics: Literal["fast", "exact"] = "fast"
     """`exact`: gradients are added in one fixed order, so 1, 2 and 4 processes give the same weights to the bit."""
@@ -78,6 +81,11 @@ class TrainConfig(Config):
     recompute: Recompute = "none"
     """Activation checkpointing: "full" keeps each layer's input only and computes the rest again in the backward pass,
     "selective" computes everything but the projections again."""
+    activation_gb: Annotated[float, Field(gt=0)] | None = None
+    """In place of `recompute`: what layers may keep for the backward pass, in units of 1e9 bytes; as few layers as
+    possible compute again, the cheapest ones."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether layers go through torch.compile; `auto`: on CUDA, where Triton is installed."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
@@ -102,6 +110,10 @@ class TrainConfig(Config):
             raise ValueError("numerics 'exact' adds up whole gradients: it needs shard_processes 1")
         if self.recheck_every and self.shard_processes > 1:
             raise ValueError("recheck_every compares whole gradients: it needs shard_processes 1")
+        if self.precision == "float8" and self.shard_processes > 1:
+            raise ValueError("precision 'float8' needs shard_processes 1")
+        if self.activation_gb is not None and self.recompute != "none":
+            raise ValueError("activation_gb chooses what to compute again: leave recompute out")
         return self
 
 
@@ -148,7 +160,14 @@ class Run:
     held_out: Manifest | None
     tokenizer: Tokenizer
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "float8"]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers go through torch.compile."""
+        if self.config.train.compile == "auto":
+            return self.device.type == "cuda" and find_spec("triton") is not None
+        return self.config.train.compile == "on"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -184,6 +203,8 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
+    if precision == "float8":
+        check_float8(device)
     run = Run(
         folder=folder,
         config=config,

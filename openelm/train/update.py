@@ -17,8 +17,12 @@ from torch.distributed.tensor import DTensor
 from openelm.data.document import BadRow, list_bad_rows
 from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError, VerificationError
+from openelm.kernels.attention_gpu import visible_documents
+from openelm.kernels.transfer import Returning, send
+from openelm.model.budget import Work, recompute_within
+from openelm.model.float8 import use_float8
 from openelm.model.parts import fill
-from openelm.model.transformer import OpenELM
+from openelm.model.transformer import OpenELM, Recompute
 from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
 from openelm.optim.schedule import learning_rate
 from openelm.train.checkpoint import Checkpoint, check_names
@@ -73,6 +77,22 @@ class Totals:
     bad_rows: list[BadRow]
 
 
+@dataclass(frozen=True)
+class Launched:
+    """An update that was given to the device, which may not have done it yet.
+
+    Attributes:
+        numbers: the mean loss, the mean nats, and the norm of the gradients.
+        step, tokens: as in `State`, after it.
+    """
+
+    numbers: Returning
+    rate: float
+    totals: Totals
+    step: int
+    tokens: int
+
+
 class Updater:
     """The weights, the optimizer and the counters of a run; `update` takes the next batch.
 
@@ -85,7 +105,10 @@ class Updater:
         size = min(self.config.shard_processes, processes.count)
         self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
         self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
-        self.model.recompute = self.config.recompute
+        if run.precision == "float8":
+            use_float8(self.model)
+        self.model.recompute = _recompute(run, processes)
+        self.model.compiles = run.compiles
         self.optimizer = build_adamw(run.config.optimizer, self.model)
         self.gradients: FlatGradients | ShardedGradients = (
             ShardedGradients(self.model, processes, run.device)
@@ -93,6 +116,10 @@ class Updater:
             else FlatGradients(self.model.parameters(), processes)
         )
         self.state = State()
+        # A fused AdamW leaves everything as it is where the device says so; a spike is seen by the host only.
+        device_decides = run.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        self.runs_ahead = device_decides and processes.count == 1 and self.config.on_spike == "warn"
+        """Whether the host launches an update before it knows how the last one went; the device skips by itself."""
 
     @property
     def sharded(self) -> bool:
@@ -121,44 +148,62 @@ class Updater:
         return optimizer_tensors(self.optimizer, self.model)
 
     def update(self, batch: Batch) -> tuple[list[Event], NumericError | None]:
-        """Do one update with this process's rows of the batch.
+        """Do one update with this process's rows of the batch; see `finish`."""
+        return self.finish(self.launch(batch))
+
+    def launch(self, batch: Batch) -> Launched:
+        """Begin an update; `finish` must take it before the next but one begins, and before anybody reads the state.
+
+        Raises:
+            VerificationError: see `_recheck`.
+        """
+        totals = self._totals(batch)
+        rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
+        losses = self._accumulate(batch, max(1, totals.targets))
+        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
+            losses = self._recheck(batch, max(1, totals.targets))
+        norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        numbers = torch.cat([losses, norm.to(losses.dtype)[None]])
+        self.state.step += 1
+        self.state.tokens += totals.tokens
+        launched = Launched(Returning(numbers), rate, totals, self.state.step, self.state.tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.runs_ahead:
+            self.optimizer.found_inf = 1 - torch.isfinite(numbers[1:]).all().float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not self._skips(self._objection(*launched.numbers.numbers()[1:])):
+            self.optimizer.step()
+        self.gradients.clear()
+        return launched
+
+    def finish(self, launched: Launched) -> tuple[list[Event], NumericError | None]:
+        """Wait for an update.
 
         Returns:
             The ledger's events, all of them functions of the run and the step alone, and the error with which
             training must stop, if it must.
         """
-        totals = self._totals(batch)
-        rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
-        loss, nll = self._accumulate(batch, max(1, totals.targets))
-        if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
-            loss, nll = self._recheck(batch, max(1, totals.targets))
-        norm = _number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
-        reason = self._objection(nll, norm)
-        skipped = reason is not None and self._policy(reason) == "skip"
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.gradients.clear()
-        self.state.step += 1
-        self.state.tokens += totals.tokens
+        loss, nll, norm = launched.numbers.numbers()
+        totals, reason = launched.totals, self._objection(nll, norm)
+        skipped = self._skips(reason)
         self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if skipped else 0
         if math.isfinite(nll) and not skipped:
             self.state.recent_losses.append(nll)
-        seen = {"step": self.state.step, "loss": nll.hex(), "gradient_norm": norm.hex(), "batch_sha256": totals.sha256}
+        seen = {"step": launched.step, "loss": nll.hex(), "gradient_norm": norm.hex(), "batch_sha256": totals.sha256}
         events: list[Event] = []
         if totals.bad_rows:
-            events.append({"event": "bad_rows", "step": self.state.step, **list_bad_rows(totals.bad_rows)})
+            events.append({"event": "bad_rows", "step": launched.step, **list_bad_rows(totals.bad_rows)})
         if reason is not None:
             events.append({"event": "skip" if skipped else reason, "reason": reason, **seen})
-        if (error := self._failure(reason, skipped, nll, norm)) is not None:
+        if (error := self._failure(launched.step, reason, skipped, nll, norm)) is not None:
             return events, error
         step = {
-            "tokens": self.state.tokens,
+            "tokens": launched.tokens,
             "target_tokens": totals.targets,
             "target_bytes": totals.target_bytes,
             "z_loss": (loss - nll).hex(),
-            "learning_rate": rate.hex(),
+            "learning_rate": launched.rate.hex(),
         }
         return [*events, {"event": "step", **seen, **step}], None
 
@@ -172,7 +217,7 @@ class Updater:
         bad_rows = chain.from_iterable(self.processes.gather_json(batch.bad_rows)) if bad else ()
         return Totals(tokens, targets, target_bytes, batch_sha256(rows.contiguous().numpy()), list(bad_rows))
 
-    def _accumulate(self, batch: Batch, targets: int) -> tuple[float, float]:
+    def _accumulate(self, batch: Batch, targets: int) -> Tensor:
         """Add up the gradients of the mean loss over all targets of the batch; returns (mean loss, mean nats)."""
         if self.config.numerics == "fast":
             self._add_rows(batch, slice(None), targets)
@@ -187,10 +232,9 @@ class Updater:
                 tree.add(self.gradients.values)
             self.gradients.values.copy_(tree.total())
             self.processes.add_in_tree(self.gradients.values)
-        loss_sum, nll_sum = self.gradients.losses.tolist()
-        return loss_sum, nll_sum
+        return self.gradients.losses
 
-    def _recheck(self, batch: Batch, targets: int) -> tuple[float, float]:
+    def _recheck(self, batch: Batch, targets: int) -> Tensor:
         """Compute the gradients once more and compare them bit for bit.
 
         Raises:
@@ -209,17 +253,16 @@ class Updater:
 
     def _add_rows(self, batch: Batch, rows: slice, targets: int) -> None:
         """Add the gradients and the mean losses of some rows, a few rows at a time."""
-        device = self.run.device
+        device, dtype = self.run.device, torch.float32 if self.run.precision == "fp32" else torch.bfloat16
         parts = [torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)]
         micro_rows = self.config.micro_rows or len(parts[0])
         micros = list(zip(*(torch.split(part, micro_rows) for part in parts), strict=True))
         for index, micro in enumerate(micros, start=1):
             masked = self.config.document_mask and bool(micro[2].any())  # 0 throughout: one document a row
-            micro_inputs, micro_answers, micro_documents = (part.to(device) for part in micro)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-                loss_sum, nll_sum = self.objective(
-                    self.model, micro_inputs, micro_answers, micro_documents if masked else None
-                )
+            inputs, answers = send(micro[0], device), send(micro[1], device)
+            documents = visible_documents(micro[2], dtype, device) if masked else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss_sum, nll_sum = self.objective(self.model, inputs, answers, documents)
             mean = loss_sum / targets
             self.gradients.expect(last=index == len(micros) and self.config.numerics == "fast")
             torch.autograd.backward(mean * self.gradients.scale)
@@ -235,24 +278,44 @@ class Updater:
         limit = statistics.fmean(recent) + self.config.spike_sigmas * statistics.pstdev(recent)
         return "spike" if nll > limit else None
 
-    def _policy(self, reason: str) -> str:
-        return self.config.on_nonfinite if reason == "nonfinite" else self.config.on_spike
+    def _skips(self, reason: str | None) -> bool:
+        """Tell whether the policy is to leave an update out for that reason."""
+        policies = {"nonfinite": self.config.on_nonfinite, "spike": self.config.on_spike}
+        return reason is not None and policies[reason] == "skip"
 
-    def _failure(self, reason: str | None, skipped: bool, nll: float, gradient_norm: float) -> NumericError | None:
+    def _failure(
+        self, step: int, reason: str | None, skipped: bool, nll: float, gradient_norm: float
+    ) -> NumericError | None:
         if reason != "nonfinite" or (skipped and self.state.skips_in_a_row < self.config.max_skips):
             return None
         return NumericError(
-            f"loss {nll} and gradient norm {gradient_norm} at step {self.state.step}"
+            f"loss {nll} and gradient norm {gradient_norm} at step {step}"
             + (f", the {self.state.skips_in_a_row}th skipped in a row" if skipped else ""),
             file=self.run.ledger_path,
             fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
         )
 
 
+def _recompute(run: Run, processes: Processes) -> Recompute | tuple[Recompute, ...]:
+    """Choose what each layer computes again, for the rows that go through the model at once."""
+    train = run.config.train
+    if train.activation_gb is None:
+        return train.recompute
+    rows = train.rows // (train.shards if train.numerics == "exact" else processes.count)
+    work = Work(
+        min(rows, train.micro_rows or rows),
+        train.length,
+        "fp32" if run.precision == "fp32" else "bf16",
+        "cpu" if run.device.type == "cpu" else "gpu",
+        document_mask=train.document_mask,
+    )
+    return recompute_within(run.model_config.plan, work, int(train.activation_gb * 1e9))
+
+
 def _whole_model(run: Run) -> OpenELM:
     return OpenELM(run.model_config).to(run.device)
 
 
-def _number(norm: Tensor) -> float:
-    """Read a norm that may be spread over processes."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def _whole(norm: Tensor) -> Tensor:
+    """Put a norm together that may be spread over processes."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

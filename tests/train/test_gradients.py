@@ -34,7 +34,7 @@ def gradients(bench: Any, folder: Path, batch: Batch, *overrides: str) -> tuple[
     """Return (loss, nats, gradients by name) of one batch on the initial weights."""
     run = bench.open(folder, *overrides)
     updater = Updater(run, NextToken(run.config.train.z_loss))
-    loss, nll = updater._accumulate(batch, int((batch.targets != -100).sum()))
+    loss, nll = updater._accumulate(batch, int((batch.targets != -100).sum())).tolist()
     found = {name: parameter.grad for name, parameter in updater.model.named_parameters()}
     return loss, nll, found
 
@@ -143,5 +143,5 @@ def test_the_gradient_norm_is_the_one_before_clipping(bench: Any, tmp_path: Path
 
 def test_a_batch_without_any_target_is_no_division_by_zero(bench: Any, tmp_path: Path, batch: Batch) -> None:
     nothing = SimpleNamespace(inputs=batch.inputs, targets=np.full_like(batch.targets, -100), documents=batch.documents)
-    loss, _ = Updater(bench.open(tmp_path), NextToken())._accumulate(nothing, 1)
-    assert loss == 0.0
+    losses = Updater(bench.open(tmp_path), NextToken())._accumulate(nothing, 1)
+    assert losses.tolist() == [0.0, 0.0]

@@ -34,7 +34,7 @@ def poisoned_at(step: int, times: int = 1) -> Callable[[], None]:
     def install() -> None:
         plain = Updater._accumulate
 
-        def poisoned(self: Updater, *arguments: Any) -> tuple[float, float]:
+        def poisoned(self: Updater, *arguments: Any) -> torch.Tensor:
             if not step <= self.state.step + 1 < step + times:
                 return plain(self, *arguments)
             weight = own_part(self.model.transformer.layers[1].ffn.proj_1.weight.data)
