@@ -29,7 +29,7 @@ from openelm.model.device import choose_device
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
 from openelm.model.transformer import Recompute
-from openelm.optim.adamw import AdamWConfig
+from openelm.optim.config import OptimizerConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.checkpoint import CheckpointConfig
@@ -124,7 +124,7 @@ class RunConfig(Config):
     data: DataConfig
     held_out: tuple[SourceConfig, ...] = ()
     train: TrainConfig
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -133,6 +133,14 @@ class RunConfig(Config):
     def _length_fits(self) -> Self:
         if self.train.length > self.model.context:
             raise ValueError(f"train.length {self.train.length} is longer than model.context {self.model.context}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.optimizer.weights != "fp32" and self.train.precision == "fp32":
+            raise ValueError(f"optimizer.weights {self.optimizer.weights!r} needs train.precision 'bf16'")
+        if self.optimizer.weights != "fp32" and self.train.shard_processes > 1:
+            raise ValueError(f"optimizer.weights {self.optimizer.weights!r} needs train.shard_processes 1")
         return self
 
 
@@ -183,6 +191,9 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
+    if precision == "fp32" and config.optimizer.weights != "fp32":
+        what = f"optimizer.weights {config.optimizer.weights!r}, but precision 'auto' is fp32 on this machine"
+        raise ConfigError(what, fix="set train.precision=bf16, which is slow here, or optimizer.weights=fp32")
     run = Run(
         folder=folder,
         config=config,

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from openelm.data.document import BadRow, list_bad_rows
 from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError, VerificationError
-from openelm.model.parts import fill
 from openelm.model.transformer import OpenELM
-from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
+from openelm.optim.optimizer import Optimizer, clip_divisor
 from openelm.optim.schedule import learning_rate
 from openelm.train.checkpoint import Checkpoint, check_names
 from openelm.train.distributed import ALONE, Processes
@@ -84,9 +83,9 @@ class Updater:
         self.config = run.config.train
         size = min(self.config.shard_processes, processes.count)
         self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
-        self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
         self.model.recompute = self.config.recompute
-        self.optimizer = build_adamw(run.config.optimizer, self.model)
+        self.optimizer = Optimizer(run.config.optimizer, self.model, seed=self.config.seed)
+        self.optimizer.load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
         self.gradients: FlatGradients | ShardedGradients = (
             ShardedGradients(self.model, processes, run.device)
             if size > 1
@@ -99,12 +98,6 @@ class Updater:
         """Whether this process holds a part of the model only, so that a forward pass needs all of them."""
         return isinstance(self.gradients, ShardedGradients)
 
-    @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, whole in weights:
-            fill(parameters[name], whole)
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's weights, moments and counters.
 
@@ -112,13 +105,26 @@ class Updater:
             CheckpointError: its tensors are not those of this model.
         """
         check_names(checkpoint.weights, self.model)
-        self._load(checkpoint.weights.items())
-        restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
+        self.optimizer.load(checkpoint.weights.items())
+        self.optimizer.restore(checkpoint.optimizer)
         self.state = State.from_json(checkpoint.step, checkpoint.state)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint holds, by name."""
+        return self.optimizer.weights()
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name."""
-        return optimizer_tensors(self.optimizer, self.model)
+        return self.optimizer.state()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[OpenELM]:
+        """Give the model for a measurement; bf16 matrices are multiplied as in training, which fp32 ones need not."""
+        narrow = self.run.config.optimizer.weights != "fp32"
+        self.model.eval()
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=narrow):
+            yield self.model
+        self.model.train()
 
     def update(self, batch: Batch) -> tuple[list[Event], NumericError | None]:
         """Do one update with this process's rows of the batch.
@@ -132,13 +138,13 @@ class Updater:
         loss, nll = self._accumulate(batch, max(1, totals.targets))
         if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
             loss, nll = self._recheck(batch, max(1, totals.targets))
-        norm = _number(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        gradient_norm = self.gradients.norm()
+        norm = float(gradient_norm)
         reason = self._objection(nll, norm)
         skipped = reason is not None and self._policy(reason) == "skip"
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            divisor = clip_divisor(gradient_norm, self.config.clip_norm)
+            self.optimizer.step(rate, step=self.state.step, divisor=divisor)
         self.gradients.clear()
         self.state.step += 1
         self.state.tokens += totals.tokens
@@ -251,8 +257,3 @@ class Updater:
 
 def _whole_model(run: Run) -> OpenELM:
     return OpenELM(run.model_config).to(run.device)
-
-
-def _number(norm: Tensor) -> float:
-    """Read a norm that may be spread over processes."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

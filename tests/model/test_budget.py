@@ -25,7 +25,8 @@ from openelm.model.budget import (
 from openelm.model.measured import DEVICES, MEASURED
 from openelm.model.sizes import model_size
 from openelm.model.transformer import OpenELM, Recompute
-from openelm.optim.adamw import AdamWConfig, build_adamw, optimizer_tensors
+from openelm.optim.config import OptimizerConfig
+from openelm.optim.optimizer import Optimizer
 
 RESULTS = Path(__file__).parents[2]
 
@@ -34,15 +35,15 @@ def test_weights_gradients_and_moments_are_the_bytes_of_real_tensors() -> None:
     config = model_size("5m", vocab_size=300)
     model = OpenELM(config)
     model.initialise(torch.Generator().manual_seed(0))
-    optimizer = build_adamw(AdamWConfig(), model)
+    optimizer = Optimizer(OptimizerConfig(), model)
     model.hidden(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    optimizer.step()
+    optimizer.step(0.1)
     counted = memory(config.plan, 300, Work(1, 4))
     assert counted.weights == sum(p.nbytes for p in model.parameters())
     assert counted.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = [t for name, t in optimizer_tensors(optimizer, model).items() if not name.endswith("/step")]
+    moments = [t for name, t in optimizer.state().items() if not name.endswith("/step")]
     assert counted.moments == sum(t.nbytes for t in moments)
 
 
