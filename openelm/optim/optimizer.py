@@ -6,6 +6,7 @@ AdamW, `momentum` of Muon. What the updates are added to, `weights`, is what a c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -36,11 +37,11 @@ class Optimizer:
         self._muon = matrices if config.kind == "muon" else {}
         self._masters: dict[str, Tensor] = {}
         self._rounded = frozenset(matrices) if config.weights == "bf16-stochastic" else frozenset[str]()
-        for name in matrices if config.weights != "fp32" else ():
-            parameter = self._learning[name]
-            if config.weights == "bf16":
-                self._masters[name] = parameter.detach().clone()
-            parameter.data = parameter.data.to(torch.bfloat16)
+        if config.weights != "fp32":
+            for name in matrices:
+                if config.weights == "bf16":
+                    self._masters[name] = self._learning[name].data
+                self._learning[name].data = self._learning[name].data.to(torch.bfloat16)
         self._state = {f"{name}/{key}": value for name in self._learning for key, value in self._zeros(name).items()}
 
     def _zeros(self, name: str) -> dict[str, Tensor]:
@@ -63,6 +64,19 @@ class Optimizer:
             fill(own[name], whole)
             if name in self._masters:
                 self._learning[name].copy_(own[name])
+
+    @contextlib.contextmanager
+    def wide_weights(self) -> Iterator[None]:
+        """Give the model fp32 matrices for a while: those beside its bf16 ones, or copies of these."""
+        weights = self.weights()
+        narrow = {name: self._learning[name].data for name in (*self._masters, *self._rounded)}
+        try:
+            for name in narrow:
+                self._learning[name].data = weights[name].float()
+            yield
+        finally:
+            for name, data in narrow.items():
+                self._learning[name].data = data
 
     def state(self) -> dict[str, Tensor]:
         """Return all that is kept from step to step besides the weights, by name."""

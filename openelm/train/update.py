@@ -119,10 +119,9 @@ class Updater:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[OpenELM]:
-        """Give the model for a measurement; bf16 matrices are multiplied as in training, which fp32 ones need not."""
-        narrow = self.run.config.optimizer.weights != "fp32"
+        """Give the model for measurements, with the weights that a checkpoint holds, as it would be published."""
         self.model.eval()
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=narrow):
+        with self.optimizer.wide_weights():
             yield self.model
         self.model.train()
 
