@@ -25,8 +25,8 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
     """Put a tensor together of which each process holds the rows that it holds of `like`; all of them must ask."""
     if not isinstance(like, DTensor):
         return part
-    place = {"shape": like.shape, "stride": like.stride(), "run_check": False}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **place).full_tensor()
+    mesh, places, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
+    return DTensor.from_local(part, mesh, places, run_check=False, shape=shape, stride=stride).full_tensor()
 
 
 def own_part(tensor: Tensor) -> Tensor:

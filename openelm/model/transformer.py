@@ -178,11 +178,12 @@ class OpenELM(nn.Module):
 
     def layer_matrices(self) -> dict[str, tuple[int, ...]]:
         """Name the matrices of the layers, each with the rows of the projections in it: q, k and v, or gate and up."""
-        plan, found = self.config.plan, {}
+        plan = self.config.plan
+        found: dict[str, tuple[int, ...]] = {}
         for layer, (heads, kv_heads) in enumerate(zip(plan.query_heads, plan.kv_heads, strict=True)):
             q, kv, ffn = heads * plan.head_dim, kv_heads * plan.head_dim, plan.ffn_dims[layer]
-            rows = {"attn.qkv_proj": (q, kv, kv), "attn.out_proj": (plan.dim,)}
-            rows |= {"ffn.proj_1": (ffn, ffn), "ffn.proj_2": (plan.dim,)}
+            attention = {"attn.qkv_proj": (q, kv, kv), "attn.out_proj": (plan.dim,)}
+            rows = {**attention, "ffn.proj_1": (ffn, ffn), "ffn.proj_2": (plan.dim,)}
             found |= {f"transformer.layers.{layer}.{name}.weight": value for name, value in rows.items()}
         return found
 

@@ -31,7 +31,7 @@ def update_adamw(
     """
     steps, first, second = ([state[place] for state in states] for place in range(3))
     with torch.no_grad():
-        adamw(  # type: ignore[no-untyped-call]
+        adamw(
             list(weights),
             list(gradients),
             first,

@@ -66,5 +66,6 @@ def update_muon(
     momentum.lerp_(gradient, 1 - MOMENTUM)
     ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov
     whole = gathered(ahead.to(iteration_dtype(ahead)), like)
-    update = torch.cat([orthogonalised(part).mul_(_RMS * math.sqrt(max(part.shape))) for part in whole.split(parts)])
+    pieces = torch.split(whole, list(parts))
+    update = torch.cat([orthogonalised(piece) * (_RMS * math.sqrt(max(piece.shape))) for piece in pieces])
     weight.mul_(1 - rate * weight_decay).sub_(own_rows(update, like), alpha=rate)

@@ -136,9 +136,9 @@ def test_another_seed_rounds_otherwise(bench: Any, tmp_path: Path) -> None:
 def test_bf16_weights_without_bf16_products_or_of_a_shared_model_are_refused(
     bench: Any, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="needs train.precision 'bf16'"):
+    with pytest.raises(ConfigError, match=r"needs train\.precision 'bf16'"):
         bench.config(f"optimizer.weights={weights}", "train.precision=fp32")
-    with pytest.raises(ConfigError, match="needs train.shard_processes 1"):
+    with pytest.raises(ConfigError, match=r"needs train\.shard_processes 1"):
         bench.config(f"optimizer.weights={weights}", "train.precision=bf16", "train.shard_processes=2")
     monkeypatch.setattr(run_module, "cpu_multiplies_bf16", lambda: False)
     with pytest.raises(ConfigError, match="precision 'auto' is fp32 on this machine"):
@@ -149,7 +149,7 @@ def test_an_optimizer_of_another_kind_cannot_take_over_a_checkpoint(bench: Any, 
     from openelm.errors import CheckpointError
 
     bench.train_until(tmp_path, 8)
-    with pytest.raises(ConfigError, match="optimizer.kind: 'adamw' -> 'muon'"):
+    with pytest.raises(ConfigError, match=r"optimizer\.kind: 'adamw' -> 'muon'"):
         bench.train(tmp_path, *MUON)
     with pytest.raises(CheckpointError, match="does not fit this model and optimizer"):
         bench.train(tmp_path, *MUON, allow_change=["optimizer.kind"])
