@@ -15,6 +15,7 @@ from openelm.config import apply_overrides
 from openelm.errors import ConfigError, printable
 from openelm.evaluate.tables import aligned
 from openelm.model.budget import (
+    Held,
     Memory,
     Time,
     Work,
@@ -88,6 +89,7 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
     mfu, source = _mfu(model.parameters, device, arguments.mfu)
     assert device.flops_per_second is not None
     tokens = train.steps * train.rows * train.length
+    held = Held(config.optimizer.kind, config.optimizer.weights)
     time = run_time(
         model.plan, vocab_size, tokens=tokens, length=train.length, devices=devices,
         flops_per_second=device.flops_per_second, mfu=mfu, recompute=train.recompute,
@@ -97,15 +99,16 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
         f"MFU {mfu:.3f}: {source}",
         "devices lose nothing to waiting for each other: no run on many has been measured; lower --mfu to allow for it",
         f"{vocab_size:,} ids; {rows} rows of {train.length:,} tokens go through a device at once",
-        f"weights, gradients and two moments are fp32, 4 bytes each; activations and copies {precision}, "
-        f"{work.narrow} bytes, but the residual stream 4",
+        f"weights, gradients and two moments are fp32, 4 bytes each, but matrices of layers have {held.weight_bytes} "
+        f"of weights, {held.moment_bytes} of moments (optimizer.kind {held.kind}, optimizer.weights {held.weights}); "
+        f"activations and copies {precision}, {work.narrow} bytes, but the residual stream 4",
         "sharded: weights, gradients and moments spread over all devices, one layer and the embedding gathered at a "
         "time; arithmetic, for train.shard_processes = all of them; no such run was measured",
         "not counted: what the driver and the allocator keep (some GB on a GPU), evaluation, checkpoints, loading",
     )
     if train.document_mask:
         assumptions += ("every row holds several documents: each layer keeps a mask (measured on CPUs only)",)
-    shown = layouts(model.plan, vocab_size, work, devices)
+    shown = layouts(model.plan, vocab_size, work, devices, held)
     return Budget(model.plan, vocab_size, tokens, devices, device, work, mfu, time, shown, assumptions)
 
 

@@ -1,7 +1,8 @@
 """What a training run needs: memory of each device, time and cost, by arithmetic from a layer plan.
 
-Numbers are bytes, and seconds. Weights, gradients and moments are fp32, as the training loop keeps them; under bf16
-the projections also exist as bf16 copies from the first forward pass to the end of the backward pass.
+Numbers are bytes, and seconds. Gradients and moments are fp32, as the training loop keeps them, and so are weights
+unless the recipe says otherwise; under bf16 fp32 projections also exist as bf16 copies from the first forward pass to
+the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -143,7 +144,36 @@ def loss_bytes(plan: LayerPlan, vocab_size: int, work: Work) -> int:
     return logits + states + head
 
 
-def memory(plan: LayerPlan, vocab_size: int, work: Work, *, shards: int = 1, keeps_gradients: bool = True) -> Memory:
+@dataclass(frozen=True)
+class Held:
+    """What training holds of the projections (see `OptimizerConfig`); of all else it is fp32 weights and two moments.
+
+    Attributes:
+        kind: "adamw" keeps two moments, "muon" one.
+        weights: "fp32", "bf16" with fp32 ones beside them, or "bf16-stochastic" without.
+    """
+
+    kind: str = "adamw"
+    weights: str = "fp32"
+
+    @property
+    def weight_bytes(self) -> int:
+        return {"fp32": 4, "bf16": 6, "bf16-stochastic": 2}[self.weights]
+
+    @property
+    def moment_bytes(self) -> int:
+        return _WIDE if self.kind == "muon" else 2 * _WIDE
+
+
+def memory(
+    plan: LayerPlan,
+    vocab_size: int,
+    work: Work,
+    *,
+    shards: int = 1,
+    keeps_gradients: bool = True,
+    held: Held = Held(),
+) -> Memory:
     """Count the memory of one device.
 
     Args:
@@ -154,14 +184,15 @@ def memory(plan: LayerPlan, vocab_size: int, work: Work, *, shards: int = 1, kee
     """
     parameters = plan.parameters(vocab_size)
     projections = plan.attention_parameters + plan.ffn_parameters
-    copies = work.narrow * projections if work.precision == "bf16" else 0
+    rest = parameters - projections
+    copies = work.narrow * projections if work.precision == "bf16" and held.weights == "fp32" else 0
     if shards > 1:
         gathered = max(_layer_parameters(plan)) + vocab_size * plan.dim
         copies = work.narrow * gathered
     return Memory(
-        weights=_share(_WIDE * parameters, shards),
+        weights=_share(held.weight_bytes * projections + _WIDE * rest, shards),
         gradients=_share(_WIDE * parameters, shards) if keeps_gradients else 0,
-        moments=_share(2 * _WIDE * parameters, shards),
+        moments=_share(held.moment_bytes * projections + 2 * _WIDE * rest, shards),
         copies=copies,
         activations=activation_bytes(plan, work),
         loss=loss_bytes(plan, vocab_size, work),
@@ -241,13 +272,20 @@ def measured_parameters(measurement: Measurement) -> int:
     return model_size(measurement.size, vocab_size=32_128).parameters
 
 
-def layouts(plan: LayerPlan, vocab_size: int, work: Work, devices: int) -> dict[str, Memory]:
-    """Count the memory of a device for each way to lay a run out, by name."""
+def layouts(
+    plan: LayerPlan,
+    vocab_size: int,
+    work: Work,
+    devices: int,
+    held: Held = Held(),
+) -> dict[str, Memory]:
+    """Count the memory of a device for each way to lay a run out, by name; only fp32 weights can be sharded."""
     found = {}
-    for name, shards in (("replicated", 1), ("sharded", devices))[: 1 if devices == 1 else 2]:
+    both = devices > 1 and held.weights == "fp32"
+    for name, shards in (("replicated", 1), ("sharded", devices))[: 1 + both]:
         for recompute in get_args(Recompute):
             label = name if recompute == "none" else f"{name}, {recompute} recompute"
-            found[label] = memory(plan, vocab_size, replace(work, recompute=recompute), shards=shards)
+            found[label] = memory(plan, vocab_size, replace(work, recompute=recompute), shards=shards, held=held)
     return found
 
 

@@ -10,12 +10,23 @@ from torch.distributed.tensor import DTensor
 
 def fill(tensor: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded: each process takes its rows."""
-    if isinstance(tensor, DTensor):
-        local = tensor.to_local()
-        first = _first_row(tensor)
-        local.copy_(whole[first : first + len(local)])
-    else:
-        tensor.copy_(whole)
+    own_part(tensor).copy_(own_rows(whole, tensor))
+
+
+def own_rows(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the rows of a whole tensor that this process holds of `like`, which may be sharded."""
+    if not isinstance(like, DTensor):
+        return whole
+    first = _first_row(like)
+    return whole[first : first + len(like.to_local())]
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """Put a tensor together of which each process holds the rows that it holds of `like`; all of them must ask."""
+    if not isinstance(like, DTensor):
+        return part
+    mesh, places, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
+    return DTensor.from_local(part, mesh, places, run_check=False, shape=shape, stride=stride).full_tensor()
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -1,67 +1,53 @@
-"""AdamW with the published decay exclusions, and its state as named tensors."""
+"""AdamW: PyTorch's fused kernel, called with our own tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Sequence
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw
 
-from openelm.config import Config
-from openelm.errors import CheckpointError
-from openelm.model.parts import fill
+from openelm.optim.config import OptimizerConfig
 
-
-class AdamWConfig(Config):
-    """Decoupled weight decay (arXiv 1711.05101) with the published coefficients."""
-
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """For matrices, the embedding among them; vectors (norm scales) are not decayed."""
+STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build_adamw(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Make the optimizer; one-dimensional parameters are exempt from weight decay, as published."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+def update_adamw(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    config: OptimizerConfig,
+    *,
+    rate: float,
+    weight_decay: float,
+    divisor: Tensor | None,
+    skip: Tensor | None = None,
+) -> None:
+    """Update weights and states (`STATE` of each weight) in place.
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the optimizer's state as `parameter name/state name` -> tensor."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-@torch.no_grad()
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put named tensors back as the optimizer's state; of a sharded model each process takes its part.
-
-    Raises:
-        CheckpointError: a tensor is of no parameter of the model, or of another shape.
+    Args:
+        divisor: by what gradients are divided first, a scalar on their device; the kernel does it on the way and
+            leaves the quotients in `gradients`. None: they are taken as they are.
+        skip: on their device, 1 to leave weights and states as they are, else 0.
     """
-    parameters = dict(model.named_parameters())
-    learned = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    expected = {f"{name}/{key}" for name in learned for key in ("step", "exp_avg", "exp_avg_sq")} if tensors else set()
-    if missing := sorted(expected - tensors.keys()):
-        raise CheckpointError(f"the optimizer's tensor {missing[0]!r} is missing, and {len(missing) - 1} more")
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition("/")
-        parameter = parameters.get(name)
-        if parameter is None or tensor.shape != (() if key == "step" else parameter.shape):
-            raise CheckpointError(f"the optimizer's tensor {path!r} does not fit this model")
-        # Moments live beside their parameter; `step` is a scalar that the fused kernel wants there too.
-        state = tensor.to(parameter.device, copy=True) if key == "step" else torch.empty_like(parameter)
-        if key != "step":
-            fill(state, tensor)
-        optimizer.state[parameter][key] = state
+    steps, first, second = ([state[place] for state in states] for place in range(3))
+    with torch.no_grad():
+        adamw(
+            list(weights),
+            list(gradients),
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            grad_scale=divisor,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=rate,
+            weight_decay=weight_decay,
+            eps=config.eps,
+            maximize=False,
+        )

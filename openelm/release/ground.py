@@ -19,7 +19,8 @@ from openelm.release.numerics import is_portable, maker
 from openelm.release.publication import Publication, Start
 from openelm.text.tokenizer import Tokenizer
 from openelm.train.data_lists import first_difference
-from openelm.train.run import Run, environment, run_model
+from openelm.train.environment import environment
+from openelm.train.run import Run, run_model
 
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-3, 1e-2
 """Relative, where the verifier's numerics differ: per step, and per tensor at the end of a segment (L2 norm)."""

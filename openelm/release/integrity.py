@@ -16,6 +16,7 @@ from openelm.model.config import ModelConfig
 from openelm.model.folder import ORIGIN, WEIGHTS, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
+from openelm.optim.optimizer import Optimizer
 from openelm.release.card import contradicts
 from openelm.release.findings import Findings
 from openelm.release.history import check_history
@@ -36,7 +37,6 @@ _NOT_READ = {
     "text": "compared from level 2 on, where run.json names it",
     "uniform": "a run of its own: verify it apart",
 }
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
@@ -147,12 +147,12 @@ def _plain(value: object) -> object:
 def _checkpoints(publication: Publication, findings: Findings) -> str:
     folder = plain(publication.folder / "checkpoints")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    shapes = expected_shapes(publication)
+    optimizer = expected_optimizer(publication)
     known = {publication.checkpoint(step).name: step for step in publication.checkpoints}
     for path in found:
         plain(path)
         if path.name in known:
-            _checkpoint(publication, known[path.name], shapes, findings)
+            _checkpoint(publication, known[path.name], optimizer, findings)
         elif path.name.startswith("step-"):
             raise VerificationError("the ledger knows no checkpoint of this step", file=path)
         else:
@@ -166,28 +166,28 @@ def _checkpoints(publication: Publication, findings: Findings) -> str:
     return f"{len(publication.checkpoints)} of {len(publication.saved)} recorded ones are there, whole and as recorded"
 
 
-def expected_shapes(publication: Publication) -> dict[str, tuple[int, ...]]:
-    """Name the tensors of the run's model, and their shapes."""
+def expected_optimizer(publication: Publication) -> Optimizer:
+    """Make the run's optimizer without memory: its tensors' names, shapes and dtypes are those of a checkpoint."""
     with torch.device("meta"):
         model = OpenELM(ModelConfig.parse(publication.description.model))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Optimizer(publication.config.optimizer, model)
 
 
-def _checkpoint(publication: Publication, step: int, shapes: Mapping[str, tuple[int, ...]], findings: Findings) -> None:
+def _checkpoint(publication: Publication, step: int, optimizer: Optimizer, findings: Findings) -> None:
     path = publication.checkpoint(step)
     checkpoint = load_checkpoint(publication.folder, step)
     manifest, weights, moments = checkpoint.manifest_sha256, checkpoint.weights, checkpoint.optimizer
     _name_extras(path, findings)
     state = parse(SavedState, read_json(path / STATE), path / STATE)
     expect("step", step, state.step, path / STATE)
-    expected = {f"{name}/{key}": () if key == "step" else shape for name, shape in shapes.items() for key in _MOMENTS}
-    for what, tensors, wanted in (("model", weights, shapes), ("optimizer", moments, expected)):
+    for what, tensors, wanted in (("model", weights, optimizer.weights()), ("optimizer", moments, optimizer.state())):
+        shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted and (found or what == "model"):
-            odd = sorted(found.items() ^ wanted.items())[0][0]
+        if found != shapes:
+            odd = sorted(found.items() ^ shapes.items())[0][0]
             raise VerificationError(f"the {what}'s tensor {odd!r} does not fit the run's model", file=path)
-    for name, tensor in (*weights.items(), *moments.items()):
-        expect(f"dtype of {name}", str(tensor.dtype), "torch.float32", path)
+        for name, tensor in tensors.items():
+            expect(f"dtype of {name}", str(tensor.dtype), str(wanted[name].dtype), path)
     saved = publication.saved.get(step)
     if saved is None:
         _unrecorded(publication, step, manifest, state, findings)

@@ -225,8 +225,8 @@ class Publication:
 
     @functools.cached_property
     def config_sha256(self) -> str:
-        """What `start` and `resume` lines record of the settings in `run.json`."""
-        return sha256_bytes(canonical_json(self.config.model_dump(mode="json")))
+        """What `start` and `resume` lines record of the settings in `run.json`, as they are written there."""
+        return sha256_bytes(canonical_json(self.description.config))
 
     @functools.cached_property
     def background(self) -> bool:

@@ -161,15 +161,13 @@ class _Replay:
                     _same(what, line.raw.get(name), event[name], ledger)
 
     def _compare_measurements(self, update: int) -> None:
-        model = self._updater.model
-        model.eval()
-        for line in self._measured.get(update, ()):
-            if isinstance(line, Evaluation):
-                compare_score(self._publication, self._ground, line, model, self._findings)
-            elif isinstance(line, Sample) and not self._tolerant:
-                found = sampler(self._ground.run, line.prompt)(model, update)
-                _same(f"step {update}: text of the sample", line.text, found["text"], self._publication.ledger)
-        model.train()
+        with self._updater.measuring() as model:
+            for line in self._measured.get(update, ()):
+                if isinstance(line, Evaluation):
+                    compare_score(self._publication, self._ground, line, model, self._findings)
+                elif isinstance(line, Sample) and not self._tolerant:
+                    found = sampler(self._ground.run, line.prompt)(model, update)
+                    _same(f"step {update}: text of the sample", line.text, found["text"], self._publication.ledger)
 
     def _compare_saved(self, update: int) -> None:
         """Compare with a checkpoint, or with its hashes in the ledger if it is not there any more."""
@@ -179,7 +177,7 @@ class _Replay:
         if saved is None or self._tolerant:
             return
         for name, recorded, tensors in (
-            ("weights_sha256", saved.weights_sha256, self._updater.model.state_dict()),
+            ("weights_sha256", saved.weights_sha256, self._updater.weights()),
             ("optimizer_sha256", saved.optimizer_sha256, self._updater.moments()),
         ):
             _same(f"step {update}: {name}", recorded, weights_sha256(tensors), self._publication.ledger)
@@ -187,7 +185,7 @@ class _Replay:
     def _compare_state(self, step: int) -> None:
         checkpoint, folder = load_checkpoint(self._publication.folder, step), self._publication.checkpoint(step)
         pairs = (
-            ("the replayed weights", self._updater.model.state_dict(), checkpoint.weights, folder),
+            ("the replayed weights", self._updater.weights(), checkpoint.weights, folder),
             ("the replayed moments", self._updater.moments(), checkpoint.optimizer, folder),
         )
         for what, mine, theirs, file in pairs:

@@ -19,7 +19,7 @@ def average_checkpoints(run: Path, last: int) -> tuple[dict[str, Tensor], list[i
         last: how many; the paper's release averages 5 (README-pretraining of the original code).
 
     Returns:
-        The mean of each tensor, rounded once from float64 to the checkpoints' dtype, and the steps averaged.
+        The mean of each tensor, rounded once from float64 to fp32 (of float64 never), and the steps averaged.
 
     Raises:
         ConfigError: the run has fewer checkpoints.
@@ -37,7 +37,7 @@ def average_checkpoints(run: Path, last: int) -> tuple[dict[str, Tensor], list[i
 
 
 def mean_of_checkpoints(run: Path, steps: Sequence[int]) -> dict[str, Tensor]:
-    """Return the mean of each tensor over checkpoints, rounded once from float64 to the checkpoints' dtype.
+    """Return the mean of each tensor over checkpoints, rounded once from float64 to fp32.
 
     Raises:
         CheckpointError: one of them is missing or damaged.
@@ -46,7 +46,7 @@ def mean_of_checkpoints(run: Path, steps: Sequence[int]) -> dict[str, Tensor]:
     dtypes: dict[str, torch.dtype] = {}
     for step in steps:
         for name, tensor in load_checkpoint(run, step).weights.items():
-            dtypes[name] = tensor.dtype
+            dtypes[name] = torch.promote_types(tensor.dtype, torch.float32)
             if name in totals:
                 totals[name] += tensor
             else:

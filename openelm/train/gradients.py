@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from openelm.kernels.norm import flat_norm
 from openelm.train.distributed import ALONE, Processes, Sum
 
 _ALIGNED = 16  # fp32 numbers: 64 bytes, a cache line
@@ -45,6 +46,8 @@ class FlatGradients:
         self._left: list[int] | None = None
         self._sums: list[Sum] = []
         for parameter, start in zip(reversed(learning), reversed(starts), strict=True):
+            if parameter.dtype != torch.float32:
+                parameter.grad_dtype = torch.float32  # the gradients of a bf16 parameter are added up in fp32
             parameter.grad = self.values[start : start + parameter.numel()].view_as(parameter)
             complete = functools.partial(self._complete, len(self._sizes) - 1)
             parameter.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
@@ -74,6 +77,10 @@ class FlatGradients:
             self._send()
         self._processes.finish(self._sums)
         self._sums, self._left = [], None
+
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients, reading them once."""
+        return flat_norm(self.values[_ALIGNED:])
 
     def clear(self) -> None:
         """Set everything to zero, keeping the memory."""

@@ -28,9 +28,10 @@ from openelm.train.checkpoint import (
     thin_checkpoints,
 )
 from openelm.train.distributed import ALONE, Processes
+from openelm.train.environment import environment
 from openelm.train.ledger import Ledger
 from openelm.train.objectives import Objective
-from openelm.train.run import Run, environment
+from openelm.train.run import Run
 from openelm.train.saving import Saver
 from openelm.train.update import Event, Launched, Updater
 
@@ -213,12 +214,11 @@ class _Trainer:
 
     def _measure(self, last: bool) -> None:
         """Take the measurements that are due: in the first process, or in all of them that share the model."""
-        model, step = self.updater.model, self.state.step
+        step = self.state.step
         for probe in self.probes if self.processes.leads or self.updater.sharded else ():
             if last or step % probe.every == 0:
-                model.eval()
-                self._record({"step": step, **probe.measure(model, step)})
-                model.train()
+                with self.updater.measuring() as model:
+                    self._record({"step": step, **probe.measure(model, step)})
 
     def _finish(self, dropped: Mapping[str, Any]) -> None:
         seconds = round(self.state.seconds, 3)
@@ -305,7 +305,7 @@ class _Trainer:
             NumericError: a weight is not finite.
             VerificationError: processes that must hold the same weights do not.
         """
-        weights, moments, step = self.updater.model.state_dict(), self.updater.moments(), self.state.step
+        weights, moments, step = self.updater.weights(), self.updater.moments(), self.state.step
         self._compare(weights)
         if self.processes.any_true(not all(bool(torch.isfinite(own_part(value)).all()) for value in weights.values())):
             raise NumericError(

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,8 +18,7 @@ from openelm.data.manifest_file import manifest_of, survey_sources, write_manife
 from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
-from openelm.files import canonical_json, make_folder, publish_folder, sha256_bytes, sha256_file, write_atomic
-from openelm.kernels.native import kernels_name
+from openelm.files import make_folder, publish_folder, write_atomic
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
@@ -32,11 +26,12 @@ from openelm.model.float8 import check_float8
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
 from openelm.model.transformer import Recompute
-from openelm.optim.adamw import AdamWConfig
+from openelm.optim.config import OptimizerConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.checkpoint import CheckpointConfig
 from openelm.train.data_lists import LISTS, Lists, first_difference, read_lists
+from openelm.train.environment import COMPARED, environment, git_commit
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -137,7 +132,7 @@ class RunConfig(Config):
     data: DataConfig
     held_out: tuple[SourceConfig, ...] = ()
     train: TrainConfig
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -146,6 +141,14 @@ class RunConfig(Config):
     def _length_fits(self) -> Self:
         if self.train.length > self.model.context:
             raise ValueError(f"train.length {self.train.length} is longer than model.context {self.model.context}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.optimizer.weights != "fp32" and self.train.precision == "fp32":
+            raise ValueError(f"optimizer.weights {self.optimizer.weights!r} needs train.precision 'bf16'")
+        if self.optimizer.weights != "fp32" and self.train.shard_processes > 1:
+            raise ValueError(f"optimizer.weights {self.optimizer.weights!r} needs train.shard_processes 1")
         return self
 
 
@@ -205,6 +208,9 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         precision = "bf16" if device.type != "cpu" or cpu_multiplies_bf16() else "fp32"
     if precision == "float8":
         check_float8(device)
+    if precision == "fp32" and config.optimizer.weights != "fp32":
+        what = f"optimizer.weights {config.optimizer.weights!r}, but precision 'auto' is fp32 on this machine"
+        raise ConfigError(what, fix="set train.precision=bf16, which is slow here, or optimizer.weights=fp32")
     run = Run(
         folder=folder,
         config=config,
@@ -260,76 +266,8 @@ def describe_run(run: Run) -> dict[str, Any]:
         "held_out": run.held_out.summary() if run.held_out else None,
         "tokenizer": {"vocab_size": run.tokenizer.vocab_size, "sha256": run.tokenizer.sha256},
         "environment": environment(run.device, run.precision),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
-
-
-def environment(device: torch.device, precision: str) -> dict[str, str]:
-    """Name what the numbers of a run may depend on."""
-    return {
-        "openelm": _version("openelm-framework"),
-        "code": code_sha256(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "kernels": kernels_name(),
-        "threads": str(torch.get_num_threads()),
-        "precision": precision,
-        **{
-            name: os.environ[name]
-            for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
-            if name in os.environ
-        },
-    }
-
-
-_PACKAGE = Path(__file__).parents[1]
-_ROOMS = ("data", "kernels", "model", "optim", "text", "train")
-_DECIDING = ("config.py", "kernels/cpp/*", *(f"{room}/**/*.py" for room in _ROOMS))
-_COMPARED = ("openelm", "code", "torch", "precision", "cpu_capability", "kernels")
-
-
-@functools.cache
-def code_sha256() -> str:
-    """Hash the code that decides what a run computes, with or without a checkout."""
-    files = [file for pattern in _DECIDING for file in _PACKAGE.glob(pattern)]
-    listing = {file.relative_to(_PACKAGE).as_posix(): sha256_file(file) for file in files}
-    return sha256_bytes(canonical_json(listing))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the code, with `+` when its working tree differs; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", _PACKAGE, *arguments), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _read_stored(path: Path) -> dict[str, Any] | None:
@@ -380,7 +318,7 @@ def _check_changes(
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what must not change between the starts of one run, under the names a recipe uses."""
-    environment = {key: description["environment"].get(key) for key in _COMPARED}
+    environment = {key: description["environment"].get(key) for key in COMPARED}
     return {
         **RunConfig.parse(description["config"]).model_dump(mode="json"),
         "environment": environment,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from openelm.errors import ConfigError
 from openelm.model.config import ModelConfig
@@ -57,6 +58,12 @@ class ShardedGradients:
     def add_up(self) -> None:
         """Add up what the backward passes left to do: the losses."""
         self._processes.add(self.losses)
+
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients, those of the other processes too."""
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def clear(self) -> None:
         self._model.zero_grad(set_to_none=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from openelm.data.document import BadRow, list_bad_rows
 from openelm.data.stream import Batch, batch_sha256
@@ -21,9 +21,8 @@ from openelm.kernels.attention_gpu import visible_documents
 from openelm.kernels.transfer import Returning, send
 from openelm.model.budget import Work, recompute_within
 from openelm.model.float8 import use_float8
-from openelm.model.parts import fill
 from openelm.model.transformer import OpenELM, Recompute
-from openelm.optim.adamw import build_adamw, optimizer_tensors, restore_optimizer
+from openelm.optim.optimizer import Optimizer, clip_divisor
 from openelm.optim.schedule import learning_rate
 from openelm.train.checkpoint import Checkpoint, check_names
 from openelm.train.distributed import ALONE, Processes
@@ -104,20 +103,19 @@ class Updater:
         self.config = run.config.train
         size = min(self.config.shard_processes, processes.count)
         self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
-        self._load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
         if run.precision == "float8":
             use_float8(self.model)
         self.model.recompute = _recompute(run, processes)
         self.model.compiles = run.compiles
-        self.optimizer = build_adamw(run.config.optimizer, self.model)
+        self.optimizer = Optimizer(run.config.optimizer, self.model, seed=self.config.seed)
+        self.optimizer.load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
         self.gradients: FlatGradients | ShardedGradients = (
             ShardedGradients(self.model, processes, run.device)
             if size > 1
             else FlatGradients(self.model.parameters(), processes)
         )
         self.state = State()
-        # A fused AdamW leaves everything as it is where the device says so; a spike is seen by the host only.
-        device_decides = run.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        device_decides = run.device.type == "cuda" and self.optimizer.skips_on_device
         self.runs_ahead = device_decides and processes.count == 1 and self.config.on_spike == "warn"
         """Whether the host launches an update before it knows how the last one went; the device skips by itself."""
 
@@ -126,12 +124,6 @@ class Updater:
         """Whether this process holds a part of the model only, so that a forward pass needs all of them."""
         return isinstance(self.gradients, ShardedGradients)
 
-    @torch.no_grad()
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, whole in weights:
-            fill(parameters[name], whole)
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's weights, moments and counters.
 
@@ -139,13 +131,25 @@ class Updater:
             CheckpointError: its tensors are not those of this model.
         """
         check_names(checkpoint.weights, self.model)
-        self._load(checkpoint.weights.items())
-        restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
+        self.optimizer.load(checkpoint.weights.items())
+        self.optimizer.restore(checkpoint.optimizer)
         self.state = State.from_json(checkpoint.step, checkpoint.state)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint holds, by name."""
+        return self.optimizer.weights()
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name."""
-        return optimizer_tensors(self.optimizer, self.model)
+        return self.optimizer.state()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[OpenELM]:
+        """Give the model for measurements, with the weights that a checkpoint holds, as it would be published."""
+        self.model.eval()
+        with self.optimizer.wide_weights():
+            yield self.model
+        self.model.train()
 
     def update(self, batch: Batch) -> tuple[list[Event], NumericError | None]:
         """Do one update with this process's rows of the batch; see `finish`."""
@@ -162,18 +166,17 @@ class Updater:
         losses = self._accumulate(batch, max(1, totals.targets))
         if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
             losses = self._recheck(batch, max(1, totals.targets))
-        norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        norm = self.gradients.norm()
         numbers = torch.cat([losses, norm.to(losses.dtype)[None]])
         self.state.step += 1
         self.state.tokens += totals.tokens
         launched = Launched(Returning(numbers), rate, totals, self.state.step, self.state.tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        skip = None
         if self.runs_ahead:
-            self.optimizer.found_inf = 1 - torch.isfinite(numbers[1:]).all().float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not self._skips(self._objection(*launched.numbers.numbers()[1:])):
-            self.optimizer.step()
+            skip = 1 - torch.isfinite(numbers[1:]).all().float()
+        if self.runs_ahead or not self._skips(self._objection(*launched.numbers.numbers()[1:])):
+            divisor = clip_divisor(norm, self.config.clip_norm)
+            self.optimizer.step(rate, step=self.state.step, divisor=divisor, skip=skip)
         self.gradients.clear()
         return launched
 
@@ -314,8 +317,3 @@ def _recompute(run: Run, processes: Processes) -> Recompute | tuple[Recompute, .
 
 def _whole_model(run: Run) -> OpenELM:
     return OpenELM(run.model_config).to(run.device)
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """Put a norm together that may be spread over processes."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

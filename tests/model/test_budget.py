@@ -13,6 +13,7 @@ from openelm.kernels import cross_entropy
 from openelm.kernels.native import kernels_name
 from openelm.model.budget import (
     CHUNK_BYTES,
+    Held,
     Work,
     activation_bytes,
     layer_activation_bytes,
@@ -26,24 +27,26 @@ from openelm.model.budget import (
 from openelm.model.measured import DEVICES, MEASURED
 from openelm.model.sizes import model_size
 from openelm.model.transformer import OpenELM, Recompute
-from openelm.optim.adamw import AdamWConfig, build_adamw, optimizer_tensors
+from openelm.optim.config import Kind, OptimizerConfig, Weights
+from openelm.optim.optimizer import Optimizer
+from openelm.train.gradients import FlatGradients
 
 RESULTS = Path(__file__).parents[2]
 
 
-def test_weights_gradients_and_moments_are_the_bytes_of_real_tensors() -> None:
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("weights", get_args(Weights))
+def test_weights_gradients_and_moments_are_the_bytes_of_real_tensors(kind: Kind, weights: Weights) -> None:
     config = model_size("5m", vocab_size=300)
     model = OpenELM(config)
     model.initialise(torch.Generator().manual_seed(0))
-    optimizer = build_adamw(AdamWConfig(), model)
-    model.hidden(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    optimizer.step()
-    counted = memory(config.plan, 300, Work(1, 4))
-    assert counted.weights == sum(p.nbytes for p in model.parameters())
-    assert counted.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = [t for name, t in optimizer_tensors(optimizer, model).items() if not name.endswith("/step")]
+    optimizer = Optimizer(OptimizerConfig(kind=kind, weights=weights), model)
+    gradients = FlatGradients(model.parameters())
+    counted = memory(config.plan, 300, Work(1, 4), held=Held(kind, weights))
+    held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *optimizer.weights().values())}
+    assert counted.weights == sum(tensor.nbytes for tensor in held.values())
+    assert counted.gradients == pytest.approx(gradients.values.nbytes, rel=1e-3)
+    moments = [t for name, t in optimizer.state().items() if not name.endswith("/step")]
     assert counted.moments == sum(t.nbytes for t in moments)
 
 
@@ -138,6 +141,16 @@ def test_sharding_divides_the_state_and_nothing_else() -> None:
     assert (part.activations, part.loss) == (whole.activations, whole.loss)
     assert found["sharded, selective recompute"].activations < part.activations * 0.7
     assert found["sharded, full recompute"].activations < part.activations / 5
+
+
+def test_the_optimizers_options_save_bytes_of_the_projections_only() -> None:
+    plan, work = model_size("270m").plan, Work(1, 2048)
+    projections = plan.attention_parameters + plan.ffn_parameters
+    plain = memory(plan, 32_000, work)
+    assert plain.total - memory(plan, 32_000, work, held=Held("muon")).total == 4 * projections
+    assert plain.total == memory(plan, 32_000, work, held=Held(weights="bf16")).total, "copies take as much"
+    assert plain.total - memory(plan, 32_000, work, held=Held(weights="bf16-stochastic")).total == 4 * projections
+    assert not any("sharded" in name for name in layouts(plan, 32_000, work, 8, Held(weights="bf16")))
 
 
 def test_chunks_are_those_of_the_loss() -> None:

@@ -17,7 +17,7 @@ from openelm.release.ground import stand_on
 from openelm.release.numerics import PORTABLE
 from openelm.release.publication import read_publication
 from openelm.text.tokenizer import load_tokenizer
-from openelm.train.run import environment
+from openelm.train.environment import environment
 
 from .conftest import read_lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 import openelm.train.saving
 from openelm.errors import CheckpointError, Stopped
-from openelm.files import sha256_file
+from openelm.files import canonical_json, sha256_bytes, sha256_file
 from openelm.optim.schedule import ScheduleConfig, learning_rate
 from openelm.release.publication import read_publication
 from openelm.release.segments import all_segments, schedule_boundaries
@@ -59,6 +60,35 @@ def test_a_run_killed_anywhere_passes(workshop: Any, tmp_path: Path, stops: tupl
         workshop.train(tmp_path, stop_at=at(kind, step))
     assert workshop.train(tmp_path)
     assert_passes(workshop, tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer.kind=muon",),
+        ("optimizer.weights=bf16", "train.precision=bf16"),
+        ("optimizer.kind=muon", "optimizer.weights=bf16-stochastic", "train.precision=bf16"),
+    ],
+)
+def test_a_run_with_another_optimizer_passes(workshop: Any, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    workshop.train(tmp_path, *settings)
+    workshop.publish(tmp_path)
+    assert_passes(workshop, tmp_path, 0, 4)
+
+
+def test_a_run_from_before_a_setting_existed_passes(workshop: Any, honest: Path, tmp_path: Path) -> None:
+    """Its `run.json` and the hash in its ledger know nothing of the setting, whose default is what it did."""
+    shutil.copytree(honest, tmp_path, dirs_exist_ok=True)
+    description = json.loads((tmp_path / "run.json").read_text())
+    del description["config"]["optimizer"]["kind"], description["config"]["optimizer"]["weights"]
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    digest = sha256_bytes(canonical_json(description["config"]))
+
+    def older(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**event, "config_sha256": digest} if "config_sha256" in event else event for event in events]
+
+    rechain(tmp_path, older)
+    assert_passes(workshop, tmp_path, 0, 4)
 
 
 def test_a_run_that_saves_in_the_background_passes(

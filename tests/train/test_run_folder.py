@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import openelm
-import openelm.train.run as run_module
+import openelm.train.environment as environment_module
 from openelm.data.manifest_file import load_manifest, read_manifest_file, write_manifest_file
 from openelm.errors import CheckpointError, ConfigError, OpenELMError
 from openelm.files import sha256_file
@@ -282,11 +282,11 @@ def test_the_code_that_decides_the_numbers_is_named_and_other_code_is_refused(
 ) -> None:
     package = tmp_path / "openelm"
     shutil.copytree(Path(openelm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(run_module, "_PACKAGE", package)
+    monkeypatch.setattr(environment_module, "_PACKAGE", package)
 
     def digest() -> str:
-        run_module.code_sha256.cache_clear()
-        return str(run_module.code_sha256())
+        environment_module.code_sha256.cache_clear()
+        return str(environment_module.code_sha256())
 
     try:
         first = digest()
@@ -300,4 +300,4 @@ def test_the_code_that_decides_the_numbers_is_named_and_other_code_is_refused(
             bench.open(tmp_path / "run")
         bench.open(tmp_path / "run", allow_change=["environment.code"])
     finally:
-        run_module.code_sha256.cache_clear()
+        environment_module.code_sha256.cache_clear()
