@@ -206,15 +206,15 @@ class OpenELM(nn.Module):
         """The output matrix (V, D): the embedding itself."""
         return self.transformer.token_embeddings.weight
 
-    def layer_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Name the matrices of the layers, each with the rows of the projections in it: q, k and v, or gate and up."""
-        plan = self.config.plan
-        found: dict[str, tuple[int, ...]] = {}
+    def layer_matrices(self) -> dict[str, int]:
+        """Name the matrices of the layers, each with how many of equal size it holds, one below the other.
+
+        `qkv_proj` holds one for each query, key and value head, `proj_1` gate and up.
+        """
+        plan, found = self.config.plan, dict[str, int]()
         for layer, (heads, kv_heads) in enumerate(zip(plan.query_heads, plan.kv_heads, strict=True)):
-            q, kv, ffn = heads * plan.head_dim, kv_heads * plan.head_dim, plan.ffn_dims[layer]
-            attention = {"attn.qkv_proj": (q, kv, kv), "attn.out_proj": (plan.dim,)}
-            rows = {**attention, "ffn.proj_1": (ffn, ffn), "ffn.proj_2": (plan.dim,)}
-            found |= {f"transformer.layers.{layer}.{name}.weight": value for name, value in rows.items()}
+            counts = {"attn.qkv_proj": heads + 2 * kv_heads, "attn.out_proj": 1, "ffn.proj_1": 2, "ffn.proj_2": 1}
+            found |= {f"transformer.layers.{layer}.{name}.weight": count for name, count in counts.items()}
         return found
 
     def forward(self, tokens: Tensor, *, cache: KeyValueCache | None = None, documents: Tensor | None = None) -> Tensor:

@@ -7,7 +7,6 @@ updates have, so that AdamW's learning rate and weight decay carry over (arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,19 +21,19 @@ _EPS = 1e-7
 _RMS = 0.2
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return nearly U·Vᵀ of a matrix (n, m) = U·S·Vᵀ, by Newton-Schulz iterations in its dtype.
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Return nearly U·Vᵀ of each of some matrices (p, n, m) = U·S·Vᵀ, by Newton-Schulz iterations in their dtype.
 
     Singular values come out between about 0.7 and 1.2, those that are nearly zero below that.
     """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / torch.linalg.vector_norm(x).clamp(min=_EPS)  # no singular value is above the Frobenius norm
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_EPS)  # no singular value is above this
     for _ in range(_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def iteration_dtype(x: Tensor) -> torch.dtype:
@@ -47,7 +46,7 @@ def update_muon(
     weight: Tensor,
     gradient: Tensor,
     momentum: Tensor,
-    parts: Sequence[int],
+    count: int,
     like: Tensor,
     *,
     rate: float,
@@ -57,7 +56,8 @@ def update_muon(
     """Update a weight and its momentum in place; both and the gradient are this process's rows of the matrix.
 
     Args:
-        parts: rows of each of the matrices that the weight holds, one below the other; each is taken by itself.
+        count: of the matrices of equal size that the weight holds, one below the other; each is taken by itself. Of
+            the attention's these are heads (arXiv 2602.15763 splits so too; docs/log.md has what it gained).
         like: the parameter, which says which rows they are. Of a shared one every process takes the whole matrix
             through the iterations, and keeps its rows.
         divisor: by what the gradient is divided first; None: it is taken as it is.
@@ -66,6 +66,7 @@ def update_muon(
     momentum.lerp_(gradient, 1 - MOMENTUM)
     ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov
     whole = gathered(ahead.to(iteration_dtype(ahead)), like)
-    pieces = torch.split(whole, list(parts))
-    update = torch.cat([orthogonalised(piece) * (_RMS * math.sqrt(max(piece.shape))) for piece in pieces])
-    weight.mul_(1 - rate * weight_decay).sub_(own_rows(update, like), alpha=rate)
+    matrices = whole.view(count, -1, whole.shape[1])
+    update = own_rows(orthogonalised(matrices).reshape(whole.shape), like)
+    scale = _RMS * math.sqrt(max(matrices.shape[1:]))
+    weight.mul_(1 - rate * weight_decay).sub_(update, alpha=rate * scale)

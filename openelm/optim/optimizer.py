@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from openelm.errors import CheckpointError
+from openelm.errors import CheckpointError, ConfigError
 from openelm.model.parts import fill, own_part
 from openelm.model.transformer import OpenELM
 from openelm.optim.adamw import STATE, update_adamw
@@ -28,12 +28,18 @@ class Optimizer:
 
     Args:
         seed: of stochastic rounding.
+
+    Raises:
+        ConfigError: this PyTorch cannot add up fp32 gradients of bf16 parameters.
     """
 
     def __init__(self, config: OptimizerConfig, model: OpenELM, *, seed: int = 0) -> None:
+        if config.weights != "fp32" and not hasattr(Tensor, "grad_dtype"):
+            what = f"optimizer.weights {config.weights!r} needs a newer PyTorch than {torch.__version__}"
+            raise ConfigError(what, fix="install torch 2.13, or set optimizer.weights=fp32")
         self._config, self._model, self._seed = config, model, seed
         self._learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        matrices = {name: rows for name, rows in model.layer_matrices().items() if name in self._learning}
+        matrices = {name: count for name, count in model.layer_matrices().items() if name in self._learning}
         self._muon = matrices if config.kind == "muon" else {}
         self._masters: dict[str, Tensor] = {}
         self._rounded = frozenset(matrices) if config.weights == "bf16-stochastic" else frozenset[str]()

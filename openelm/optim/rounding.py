@@ -16,8 +16,9 @@ def stochastically_rounded(wide: Tensor, generator: torch.Generator) -> Tensor:
     The rounding that bf16 weights without fp32 copies need to take updates smaller than half of their last bit
     (arXiv 2010.06192). A random number of 16 bits is added below bf16's last bit, then the 16 bits are cut off.
     """
-    noise = torch.empty(wide.shape, dtype=torch.int32, device=wide.device)
-    noise.random_(0, 1 << _DROPPED, generator=generator)
+    words = torch.empty(-(-wide.numel() // 4), dtype=torch.int64, device=wide.device)
+    words.random_(-(1 << 63), None, generator=generator)  # four numbers a word: half the time of one number a draw
+    noise = words.view(torch.uint16)[: wide.numel()].view(wide.shape).to(torch.int32)
     bits = noise.add_(wide.contiguous().view(torch.int32))
     return bits.bitwise_and_(-1 << _DROPPED).view(torch.float32).to(torch.bfloat16)
 

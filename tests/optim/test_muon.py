@@ -27,7 +27,7 @@ def test_singular_values_go_to_the_band_around_one_and_directions_stay(
     u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
     values = values.clamp(min=0.02 * float(values.square().sum().sqrt()))
     matrix = u @ values.diag() @ vt
-    found = orthogonalised(matrix.to(dtype)).float()
+    found = orthogonalised(matrix.to(dtype)[None])[0].float()
     assert found.shape == matrix.shape
     rotated = u.T @ found @ vt.T  # nearly diagonal: the singular vectors are those of the matrix
     assert float(rotated.diagonal().min()) > 0.65 and float(rotated.diagonal().max()) < 1.25
@@ -38,9 +38,10 @@ def test_singular_values_go_to_the_band_around_one_and_directions_stay(
 
 
 def test_its_scale_does_not_matter_and_zero_stays_zero() -> None:
-    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonalised(matrix * 1e-4), orthogonalised(matrix))
-    assert not orthogonalised(torch.zeros(3, 4)).any()
+    matrices = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    scaled = matrices * torch.tensor([1e-4, 1e3])[:, None, None]
+    torch.testing.assert_close(orthogonalised(scaled), orthogonalised(matrices))
+    assert not orthogonalised(torch.zeros(1, 3, 4)).any()
 
 
 def newton_schulz(x: np.ndarray) -> np.ndarray:
@@ -68,25 +69,23 @@ def test_updates_follow_the_published_rule_part_by_part() -> None:
             g = gradient.numpy()
             momentum[name] = 0.95 * momentum[name] + g  # Jordan's is this times a constant, which makes no difference
             ahead = g + 0.95 * momentum[name]
-            rows = matrices[name]
-            pieces = np.split(ahead, np.cumsum(rows)[:-1])
+            pieces = np.split(ahead, matrices[name])
             steps = [0.2 * math.sqrt(max(piece.shape)) * newton_schulz(piece) for piece in pieces]
             expected[name] = expected[name] * (1 - rate * 0.2) - rate * np.concatenate(steps)
             found = dict(model.named_parameters())[name].detach().numpy()
             np.testing.assert_allclose(found, expected[name], rtol=0, atol=1e-12)
 
 
-def test_queries_keys_values_gate_and_up_are_matrices_of_their_own() -> None:
+def test_heads_gate_and_up_are_matrices_of_their_own() -> None:
     model = make_model()
-    plan, rows = model.config.plan, model.layer_matrices()
-    assert len(rows) == 4 * plan.layers
-    for name, parts in rows.items():
-        weight = dict(model.named_parameters())[name]
-        assert sum(parts) == len(weight)
-        assert len(parts) == {"qkv_proj": 3, "proj_1": 2}.get(name.split(".")[-2], 1)
-    attention = model.transformer.layers[1].attn
-    q, k, v = rows["transformer.layers.1.attn.qkv_proj.weight"]
-    assert (q, k, v) == (4 * attention.query_heads, 4 * attention.kv_heads, 4 * attention.kv_heads)
+    for layer in range(model.config.plan.layers):
+        attention = model.transformer.layers[layer].attn
+        heads = attention.query_heads + 2 * attention.kv_heads
+        counts = {"attn.qkv_proj": heads, "attn.out_proj": 1, "ffn.proj_1": 2, "ffn.proj_2": 1}
+        for name, count in counts.items():
+            assert model.layer_matrices()[f"transformer.layers.{layer}.{name}.weight"] == count
+        assert len(attention.qkv_proj.weight) == 4 * heads  # heads of four rows
+    assert len(model.layer_matrices()) == 4 * model.config.plan.layers
 
 
 def test_the_embedding_and_the_norm_scales_follow_adamw() -> None:
@@ -122,5 +121,5 @@ def test_an_update_is_as_large_as_adamws() -> None:
     """Root mean square 0.2 of a matrix whose gradient has full rank, times the rate (arXiv 2502.16982, eq. 4)."""
     for shape in ((32, 128), (128, 32), (64, 64)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-        scaled = orthogonalised(matrix) * 0.2 * math.sqrt(max(shape))
+        scaled = orthogonalised(matrix[None])[0] * 0.2 * math.sqrt(max(shape))
         assert float(scaled.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
