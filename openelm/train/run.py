@@ -25,7 +25,7 @@ from openelm.errors import CheckpointError, ConfigError
 from openelm.files import canonical_json, make_folder, publish_folder, sha256_bytes, sha256_file, write_atomic
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.config import ModelConfig
-from openelm.model.device import choose_device
+from openelm.model.device import choose_device, cpu_name
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
 from openelm.model.transformer import Recompute
@@ -251,7 +251,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu_name()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "precision": precision,
@@ -280,17 +280,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def _git_commit() -> str | None:
