@@ -116,10 +116,15 @@ class Updater:
             else FlatGradients(self.model.parameters(), processes)
         )
         self.state = State()
-        # A fused AdamW leaves everything as it is where the device says so; a spike is seen by the host only.
-        device_decides = run.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
-        self.runs_ahead = device_decides and processes.count == 1 and self.config.on_spike == "warn"
-        """Whether the host launches an update before it knows how the last one went; the device skips by itself."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host launches an update before it knows how the last one went; the device skips by itself.
+
+        A fused AdamW leaves everything as it is where the device says so; spikes are seen by the host only.
+        """
+        device_decides = self.run.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        return device_decides and self.processes.count == 1 and self.config.on_spike == "warn"
 
     @property
     def sharded(self) -> bool:
