@@ -23,7 +23,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import gpu_checks
 from benchmarks.gpu_steps import Case, Variant, build_updater, measure, synchronize

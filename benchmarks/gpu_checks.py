@@ -1,4 +1,4 @@
-"""Is a device's arithmetic right? Kernels against float64, compiled layers, equal repeats, steps that wait for nothing."""
+"""Is a device right? Kernels against float64, compiled layers, equal repeats, steps that wait for nothing."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def timed(work: Callable[[], object], device: torch.device, *, warm: int = 3, re
 
 
 def compiled_gradients(device: torch.device, choice: Any, rows: int, length: int) -> dict[str, Any]:
-    """Compare the gradients of compiled layers with plain ones, bf16, with documents: relative to each tensor's norm."""
+    """Compare gradients of compiled layers with plain ones, bf16, with documents: relative to each tensor's norm."""
     batch = random_batch(choice.config(97).vocab_size, rows, length, documents=3)
     found = []
     for compile in ("off", "on"):

@@ -170,7 +170,8 @@ def _stretch(variant: Variant, case: Case, plan: LayerPlan, batch: Batch) -> tup
         for parameter in plain.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        step: Callable[[], Any] = lambda trainer=PlainTrainer(plain, "bf16"): trainer.step(inputs, targets)  # noqa: E731
+        trainer = PlainTrainer(plain, "bf16")
+        step: Callable[[], Any] = lambda: trainer.step(inputs, targets)  # noqa: E731
     elif variant.kind == "bf16 weights":
         step = _narrow_step(case, inputs, targets)
     else:

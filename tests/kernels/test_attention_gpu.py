@@ -1,4 +1,4 @@
-"""Attention within packed documents as CUDA takes it; the flash kernel itself is CUDA's, here plain attention stands in."""
+"""Attention within packed documents on CUDA; plain attention stands in for the flash kernel, which is CUDA's."""
 
 from __future__ import annotations
 

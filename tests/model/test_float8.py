@@ -1,4 +1,4 @@
-"""float8 projections: which ones, under which names, and that a model learns with them; rounding is emulated on CPUs."""
+"""float8 projections: which, under which names, and that a model learns with them; CPUs emulate the rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_torchao = pytest.mark.skipif(
 
 
 def test_a_device_without_float8_is_refused() -> None:
-    with pytest.raises(ConfigError, match="needs CUDA capability 8.9"):
+    with pytest.raises(ConfigError, match=r"needs CUDA capability 8\.9"):
         check_float8(torch.device("cpu"))
 
 
@@ -48,7 +48,7 @@ def test_only_projections_that_fit_are_converted_and_names_stay() -> None:
 @needs_torchao
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_learns_as_in_bf16() -> None:
-    """Emulated: the first loss within 2 % of bf16's, and the one of the twelfth update, after a fall by a third, 10 %."""
+    """Emulated: the first loss within 2 % of bf16's; that of the twelfth update, after a fall by a third, 10 %."""
     tokens = torch.randint(0, 97, (4, 33), generator=torch.Generator().manual_seed(1)) % 7
 
     def train(model: OpenELM) -> tuple[float, float]:

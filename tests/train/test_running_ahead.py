@@ -120,7 +120,7 @@ def test_a_break_and_a_resume_give_the_same_bits(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("documents", [True, False])
 def test_a_steady_step_on_cuda_waits_for_nothing(bench: Any, tmp_path: Path, documents: bool) -> None:
-    """Any operation that waits for the device is an error; reading the numbers of the step before is no such operation."""
+    """Whatever waits for the device is an error; to read the numbers of the step before is none."""
     masked = f"train.document_mask={str(documents).lower()}"
     run = bench.open(tmp_path, "train.device=cuda", "train.precision=bf16", "model.head_dim=16", masked)
     from openelm.data.stream import BatchStream
