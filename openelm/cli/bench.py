@@ -24,7 +24,7 @@ from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.device import choose_device, reuse_freed_memory
 from openelm.model.sizes import model_size
 from openelm.release.units import significant
-from openelm.train.run import environment
+from openelm.train.environment import environment
 
 LEAST_REPEATS = 5
 

@@ -18,8 +18,8 @@ from openelm.model.sizes import model_size
 from openelm.model.transformer import Recompute
 
 _WIDE = 4  # bytes of an fp32 number
-CHUNK_BYTES = {"fp32": 64 << 20, "bf16": 128 << 20, "gpu": 512 << 20}
-"""Wide logits that the loss holds at once (kernels/cross_entropy.py; a test compares them)."""
+CHUNK_BYTES = {"fp32": 64 << 20, "bf16": 128 << 20, "gpu": 768 << 20}
+"""Logits that the loss holds at once, wide ones on CPUs (kernels/cross_entropy*.py; a test compares them)."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def recompute_within(plan: LayerPlan, work: Work, most_bytes: int) -> tuple[Reco
 
 def loss_bytes(plan: LayerPlan, vocab_size: int, work: Work) -> int:
     """Count what the chunked loss holds at once: a chunk of logits, the head's copy, gradients of head and states."""
-    chunk = CHUNK_BYTES["gpu" if work.kind == "gpu" else work.precision]
-    rows = max(1, min(work.tokens, chunk // (vocab_size * _WIDE)))
-    logits = rows * vocab_size * (_WIDE + (work.narrow if work.precision == "bf16" else 0))
+    held = work.narrow if work.kind == "gpu" else _WIDE
+    rows = max(1, min(work.tokens, CHUNK_BYTES["gpu" if work.kind == "gpu" else work.precision] // (vocab_size * held)))
+    logits = rows * vocab_size * (_WIDE + work.narrow if work.kind == "cpu" and work.precision == "bf16" else held)
     states = work.tokens * plan.dim * (_WIDE + (work.narrow if work.precision == "bf16" else 0))
     head = vocab_size * plan.dim * (_WIDE + (2 * work.narrow if work.precision == "bf16" else 0))
     return logits + states + head

@@ -115,9 +115,12 @@ class Updater:
             else FlatGradients(self.model.parameters(), processes)
         )
         self.state = State()
-        device_decides = run.device.type == "cuda" and self.optimizer.skips_on_device
-        self.runs_ahead = device_decides and processes.count == 1 and self.config.on_spike == "warn"
+
+    @property
+    def runs_ahead(self) -> bool:
         """Whether the host launches an update before it knows how the last one went; the device skips by itself."""
+        device_decides = self.run.device.type == "cuda" and self.optimizer.skips_on_device
+        return device_decides and self.processes.count == 1 and self.config.on_spike == "warn"
 
     @property
     def sharded(self) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
-from openelm.kernels import cross_entropy
+from openelm.errors import ConfigError
+from openelm.kernels import cross_entropy, cross_entropy_gpu
 from openelm.kernels.native import kernels_name
 from openelm.model.budget import (
     CHUNK_BYTES,
@@ -22,8 +24,10 @@ from openelm.model.budget import (
     memory,
     nearest_measurement,
     predicted_again,
+    recompute_within,
     run_time,
 )
+from openelm.model.config import ModelConfig
 from openelm.model.measured import DEVICES, MEASURED
 from openelm.model.sizes import model_size
 from openelm.model.transformer import OpenELM, Recompute
@@ -50,15 +54,15 @@ def test_weights_gradients_and_moments_are_the_bytes_of_real_tensors(kind: Kind,
     assert counted.moments == sum(t.nbytes for t in moments)
 
 
-@pytest.mark.skipif(kernels_name() == "torch", reason="plain torch keeps more than the C++ kernels")
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_activations_are_what_a_real_forward_pass_keeps(documents: bool, recompute: Recompute) -> None:
-    config, rows, length = model_size("5m", vocab_size=300), 2, 128
+def kept_bytes(
+    config: ModelConfig, rows: int, length: int, recompute: Recompute | tuple[Recompute, ...], documents: bool
+) -> int:
+    """Count the bytes that a real forward pass keeps for its backward pass, weights and rotary tables aside."""
     model = OpenELM(config)
     model.initialise(torch.Generator().manual_seed(0))
     model.recompute = recompute
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tables = model.rotary.at(0, length, torch.device("cpu"))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *tables)}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,12 +73,50 @@ def test_activations_are_what_a_real_forward_pass_keeps(documents: bool, recompu
     places = (torch.arange(length) // 40).expand(rows, length) if documents else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(torch.ones(rows, length, dtype=torch.long), documents=places)
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+MIXED: tuple[Recompute, ...] = ("none", "full", "selective", "none", "none", "full")
+
+
+@pytest.mark.skipif(kernels_name() == "torch", reason="plain torch keeps more than the C++ kernels")
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("recompute", [*get_args(Recompute), MIXED], ids=str)
+def test_activations_are_what_a_real_forward_pass_keeps(documents: bool, recompute: Recompute) -> None:
+    config, rows, length = model_size("5m", vocab_size=300), 2, 128
+    found = kept_bytes(config, rows, length, recompute, documents)
     work = Work(rows, length, "fp32", "cpu", recompute, documents)
     layers = sum(layer_activation_bytes(config.plan, layer, work) for layer in range(config.plan.layers))
     norm = 4 * config.plan.dim * work.tokens  # the last one's input; the loss keeps what it gives
     assert layers + norm == pytest.approx(found, rel=0.03)
     assert (activation_bytes(config.plan, work) == layers + 2 * norm) is (recompute == "none")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.5, 0.3])
+def test_layers_compute_again_only_as_far_as_memory_asks(share: float) -> None:
+    """What a real forward pass keeps is within the budget, and one step less of recomputing would not be."""
+    config, work = model_size("5m", vocab_size=300), Work(2, 128, "fp32", "cpu")
+    most = int(share * activation_bytes(config.plan, work))
+    kinds = recompute_within(config.plan, work, most)
+    assert (set(kinds) == {"none"}) is (share == 1.0)
+    assert activation_bytes(config.plan, replace(work, recompute=kinds)) <= most
+    assert kept_bytes(config, 2, 128, kinds, False) <= most
+    assert "full" not in kinds or "none" not in kinds, "the cheaper way first"
+    order: dict[Recompute, Recompute] = {"full": "selective", "selective": "none"}
+    for layer, kind in enumerate(kinds):
+        if kind in order:
+            less = (*kinds[:layer], order[kind], *kinds[layer + 1 :])
+            if activation_bytes(config.plan, replace(work, recompute=less)) > most:
+                break
+    else:
+        assert share == 1.0
+
+
+def test_a_budget_that_nothing_fits_is_an_error_that_says_what_is_needed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.activation_gb 0\.001 is too little for 2 rows of 128 tokens: .* needs 0\.0"
+    ):
+        recompute_within(model_size("5m", vocab_size=300).plan, Work(2, 128, "fp32", "cpu"), 1_000_000)
 
 
 def test_peak_memory_on_an_h100_is_within_two_percent_of_what_was_measured() -> None:
@@ -154,7 +196,7 @@ def test_the_optimizers_options_save_bytes_of_the_projections_only() -> None:
 
 
 def test_chunks_are_those_of_the_loss() -> None:
-    assert CHUNK_BYTES == cross_entropy._CHUNK_BYTES
+    assert CHUNK_BYTES == {**cross_entropy._CHUNK_BYTES, "gpu": cross_entropy_gpu.CHUNK_BYTES}
 
 
 def test_the_nearest_measured_size_gives_the_mfu() -> None:

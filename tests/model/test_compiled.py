@@ -59,7 +59,7 @@ def gradients(model: OpenELM, documents: Tensor | None, precision: str) -> dict[
 
 
 def check(config: ModelConfig, recompute: Any, precision: str, documents: Tensor | None) -> None:
-    """fp32: 2e-5 of each tensor's largest gradient; bf16 keeps 8 bits and is rounded at other places: 5 %."""
+    """Relative to each tensor's norm. fp32: 2e-5; bf16 keeps 8 bits and is rounded at other places: 5 %."""
     model = OpenELM(config)
     model.initialise(torch.Generator().manual_seed(0))
     expected = gradients(model, documents, precision)
@@ -67,11 +67,13 @@ def check(config: ModelConfig, recompute: Any, precision: str, documents: Tensor
     found = gradients(model, documents, precision)
     tolerance = 2e-5 if precision == "fp32" else 0.05
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max() / gradient.abs().max()) < tolerance, name
+        assert float((found[name] - gradient).norm() / gradient.norm()) < tolerance, name
 
 
 @pytest.mark.parametrize(
-    ("recompute", "documents"), [("none", True), (("none", "full", "selective", "none"), False)], ids=str
+    ("recompute", "documents"),
+    [("none", True), pytest.param(("none", "full", "selective", "none"), False, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_gradients_are_those_of_plain_layers(
     config: ModelConfig, compiler: Any, recompute: Recompute, documents: bool
@@ -83,6 +85,7 @@ def test_gradients_are_those_of_plain_layers(
         assert counters["stats"]["unique_graphs"] <= 3 < len(config.plan.ffn_dims)
 
 
+@pytest.mark.slow
 def test_autocast_is_followed(config: ModelConfig, compiler: Any) -> None:
     compiler("aot_eager")
     check(config, "none", "bf16", None)
