@@ -74,8 +74,9 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     """Count what one layer keeps for its backward pass, for all tokens of the pass.
 
     The residual stream is fp32. Kept are: the inputs of both norms; the inputs of the four projections; heads before
-    and after their norm and rotation, and the output of attention; gate, up and (on GPUs) silu(gate). A layer that is
-    recomputed selectively keeps the inputs of both norms, heads before their norm, gate and up.
+    and after their norm and rotation, and the output of attention; gate, up and silu(gate). On CPUs norms and gates are
+    computed again, so what they give is not kept. A layer that is recomputed selectively keeps the inputs of both
+    norms, heads before their norm, gate and up.
     """
     narrow, dim = work.narrow, plan.dim
     q, kv = plan.query_heads[layer] * plan.head_dim, plan.kv_heads[layer] * plan.head_dim
@@ -83,11 +84,11 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
         return work.tokens * _WIDE * dim
     if work.recompute_of(layer) == "selective":
         return work.tokens * (2 * _WIDE * dim + narrow * (q + 2 * kv + 2 * plan.ffn_dims[layer]))
-    norms = 2 * (_WIDE + narrow) * dim
+    norms = 2 * (_WIDE + narrow) * dim if work.kind == "gpu" else 2 * _WIDE * dim
     projected = narrow * (q + 2 * kv)
     turned = narrow * (2 * (q + kv) if work.kind == "gpu" else q + 2 * kv)
     attended = narrow * 2 * q if work.kind == "gpu" else narrow * q + 2 * _WIDE * plan.query_heads[layer]
-    gated = narrow * plan.ffn_dims[layer] * (4 if work.kind == "gpu" else 3)
+    gated = narrow * plan.ffn_dims[layer] * (4 if work.kind == "gpu" else 2)
     masks = 0
     if work.document_mask and work.kind == "gpu" and work.precision != "bf16":
         groups = plan.query_heads[layer] // plan.kv_heads[layer]
