@@ -73,8 +73,9 @@ def our_side(folder: Path, work: Work, precision: Any, *, keep_freed_memory: boo
     plan = LayerPlan(work.dim, work.head_dim, tuple(work.query_heads), tuple(work.kv_heads), tuple(work.ffn_dims))
     config = ModelConfig.from_plan(plan, vocab_size=work.vocab_size)
     updater = our.trainer(config, work.rows, work.length, precision=precision, device=torch.device("cpu"))
-    group = updater.optimizer.param_groups[0]
-    defaults = (our.LEARNING_RATE, group["betas"], group["eps"], group["weight_decay"], updater.config.clip_norm)
+    rule = updater.run.config.optimizer
+    betas, clip_norm = (rule.beta1, rule.beta2), updater.config.clip_norm
+    defaults = (our.LEARNING_RATE, betas, rule.eps, rule.weight_decay, clip_norm)
     assert defaults == (LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM), "peers must train with the same"
     inputs, targets, _ = tensors(folder)  # the weights are those that the updater draws; the first losses tell
     batch = our.fixed_batch(torch.cat([inputs, targets[:, -1:]], dim=1))
