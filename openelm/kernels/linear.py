@@ -20,11 +20,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Follows torch.autocast. On a CPU without bf16 units the bf16 product is taken in fp32: the operands and the result
     are rounded to bf16, the products and sums are fp32, which is what bf16 hardware computes.
     """
+    return _linear(x, weight, multiplies=True)
+
+
+def keep_operands(x: Tensor, weight: Tensor) -> Tensor:
+    """Keep for the backward pass what `linear` keeps; the result has its shape, and numbers that mean nothing.
+
+    For activation checkpointing, which wants the operands of a product again and not the product.
+    """
+    return _linear(x, weight, multiplies=False)
+
+
+def _linear(x: Tensor, weight: Tensor, *, multiplies: bool) -> Tensor:
     dtype = matmul_dtype(x, weight)
     ours = runs_native(x, weight) and dtype == torch.float32 and _beats_torch(dtype)
     if not (ours or emulates_bf16(x, dtype)):
-        return F.linear(x, weight)
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype)  # type: ignore[no-untyped-call]
+        return F.linear(x, weight)  # which keeps its operands before it multiplies: checkpoints stop there
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Linear.apply(rows, weight, dtype, multiplies)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -59,9 +72,11 @@ class _Linear(torch.autograd.Function):
     """Products by `product`: fp32, or bf16 with fp32 inside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, multiplies: bool) -> Tensor:
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
+        if not multiplies:
+            return x.new_empty(x.shape[0], weight.shape[0])
         narrow_weight = weight.to(dtype)
         if dtype == torch.float32:
             return product(x, narrow_weight.t())
@@ -71,10 +86,10 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         x_gradient = product(gradient, weight.to(x.dtype)) if needs_x else None
         weight_gradient = product(gradient.t(), x) if needs_weight else None
-        return x_gradient, weight_gradient, None
+        return x_gradient, weight_gradient, None, None

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
 from openelm.kernels.attention_gpu import Documents, visible_documents
-from openelm.kernels.linear import linear
+from openelm.kernels.linear import keep_operands, linear
 from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
 from openelm.kernels.rotary import qk_norm_rope
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
         documents: Tensor | Documents | None,
     ) -> Tensor:
-        """Attend with what `qkv_proj` gave."""
+        """Attend with what `qkv_proj` gave; returns what `out_proj` takes."""
         q, k, v = qk_norm_rope(  # (B, Hq, T, E), (B, Hk, T, E), (B, Hk, T, E)
             qkv,
             self.q_norm.weight,
@@ -99,8 +99,7 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        projected: Tensor = self.out_proj(attention(q, k, v, documents=documents))
-        return projected
+        return attention(q, k, v, documents=documents)
 
 
 class FeedForward(nn.Module):
@@ -112,20 +111,34 @@ class FeedForward(nn.Module):
         self.proj_2 = Linear(ffn_dim, dim)
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        """Go on from what `proj_1` gave."""
-        projected: Tensor = self.proj_2(swiglu(gate_up))
-        return projected
+        """Gate what `proj_1` gave; returns what `proj_2` takes."""
+        return swiglu(gate_up)
 
 
 Stage: TypeAlias = Callable[..., Tensor]
-"""Calls a function with tensors: `_at_once` or `_again`."""
+"""Calls a function with tensors, and a projection with what it gives: `_at_once` or `_again`."""
 
 
-def _at_once(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
+def _at_once(function: Callable[..., Tensor], projection: nn.Module, *arguments: Any) -> Tensor:
+    projected: Tensor = projection(function(*arguments))
+    return projected
 
 
-def _again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _again(function: Callable[..., Tensor], projection: nn.Module, *arguments: Any) -> Tensor:
+    """Keep the arguments only; the backward pass calls the function once more, but does not project again."""
+    first = True
+
+    def stage(*arguments: Any) -> Tensor:
+        nonlocal first
+        if first or type(projection) is not Linear:  # an adapter may need what it projects
+            first = False
+            return _at_once(function, projection, *arguments)
+        return keep_operands(function(*arguments), projection.weight)
+
+    return _checkpoint(stage, *arguments)
+
+
+def _checkpoint(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Keep the arguments only; the backward pass calls once more, up to the last tensor that it needs."""
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return result
@@ -164,13 +177,13 @@ def block(
 ) -> Tensor:
     """Compute a layer in four stages, of which attention is costly to compute again.
 
-    Each ends with a projection, which `_again` need not repeat: nothing keeps its result.
+    Each ends with a projection, which need not be repeated: nothing keeps its result.
     """
     dtype = matmul_dtype(x, layer.attn_norm.weight)
-    qkv = cheap(lambda x: layer.attn.qkv_proj(layer.attn_norm(x, dtype)), x)
-    x = x + costly(layer.attn, qkv, rope, cache, documents)
-    gate_up = cheap(lambda x: layer.ffn.proj_1(layer.ffn_norm(x, dtype)), x)
-    x = x + cheap(layer.ffn, gate_up)
+    qkv = cheap(layer.attn_norm, layer.attn.qkv_proj, x, dtype)
+    x = x + costly(layer.attn, layer.attn.out_proj, qkv, rope, cache, documents)
+    gate_up = cheap(layer.ffn_norm, layer.ffn.proj_1, x, dtype)
+    x = x + cheap(layer.ffn, layer.ffn.proj_2, gate_up)
     return x
 
 
@@ -271,14 +284,14 @@ class OpenELM(nn.Module):
         kinds = (self.recompute,) * len(layers) if isinstance(self.recompute, str) else self.recompute
         with widths_may_vary() if self.compiles else nullcontext():
             for layer, kind in zip(layers, kinds, strict=True):
-                whole = _again if kind == "full" else _at_once
                 if self.compiles:
                     compute = compiled(_block_of_products if kind == "selective" else block)
                 elif kind == "selective":
                     compute = _block_in_stages
                 else:
                     compute = _block_keeping_attention if kind == "none" and x.device.type == "cpu" else block
-                x = whole(layer, x, rope, None, documents, compute)
+                inputs = (x, rope, None, documents, compute)
+                x = _checkpoint(layer, *inputs) if kind == "full" else layer(*inputs)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
