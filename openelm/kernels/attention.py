@@ -25,10 +25,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | Documents 
         return documents.attend(q, k, v)
     dtype = matmul_dtype(q, k, v)
     if runs_native(q, k, v) and q.numel():
-        if documents is not None:
-            documents = _small_numbers(documents)
-        out: Tensor = _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype), documents)  # type: ignore[no-untyped-call]
-        return out
+        documents = None if documents is None else _small_numbers(documents)
+        q, k, v = (part if part.dtype == dtype else part.to(dtype) for part in (q, k, v))
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out: Tensor = _Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
+            return out
+        return _forward(q, k, v, documents, None)
     if q.shape[2] > 1 and emulates_bf16(q, dtype):  # the bf16 backward is ten times slower there; one token has none
         q, k, v = (part.to(dtype).float() for part in (q, k, v))
         with torch.autocast("cpu", enabled=False):
@@ -41,12 +43,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-        q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
-        rows, heads, length, head_dim = q.shape
-        out = q.new_empty(rows, length, heads * head_dim)
-        wanted = any(ctx.needs_input_grad)
-        statistics = torch.empty(2, rows, heads, length) if wanted else None
-        call("attention", *_described(q, k, v), documents, out, statistics)
+        statistics = torch.empty(2, *q.shape[:3])
+        out = _forward(q, k, v, documents, statistics)
         ctx.save_for_backward(q, k, v, documents, out, statistics)
         return out
 
@@ -63,11 +61,21 @@ class _Attention(torch.autograd.Function):
         return q_gradient.transpose(1, 2), k_gradient, v_gradient, None
 
 
-def _described(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | int, ...]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, statistics: Tensor | None) -> Tensor:
+    rows, heads, length, head_dim = q.shape
+    out = q.new_empty(rows, length, heads * head_dim)
+    call("attention", *_described(q, k, v), documents, out, statistics)
+    return out
+
+
+def _described(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | int]:
     """Return what `openelm_attention` wants to know of its inputs."""
     rows, heads, length, head_dim = q.shape
-    strided = (number for part in (q, k, v) for number in (part, *part.stride()[:3]))
-    return q.dtype == torch.bfloat16, rows, heads, *k.shape[1:2], length, k.shape[2], head_dim, *strided
+    described: list[Tensor | int] = [q.dtype == torch.bfloat16, rows, heads, k.shape[1], length, k.shape[2], head_dim]
+    for part in (q, k, v):
+        dense = part if part.stride(-1) == 1 else part.contiguous()
+        described += dense, *dense.stride()[:3]
+    return described
 
 
 def _small_numbers(documents: Tensor) -> Tensor:

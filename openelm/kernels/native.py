@@ -42,9 +42,9 @@ def runs_native(*tensors: Tensor) -> bool:
 def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:
     """Call `openelm_<name>` with tensors as pointers, whole numbers as long and others as float; the last argument
     that it is given is the number of threads. The caller answers for shapes, strides and dtypes."""
-    library = _library()
-    assert library is not None
-    getattr(library, f"openelm_{name}")(*map(_converted, arguments), ctypes.c_long(torch.get_num_threads()))
+    function = _function(name, tuple(map(type, arguments)))
+    addresses = (part.data_ptr() if isinstance(part, Tensor) else part for part in arguments)
+    function(*addresses, torch.get_num_threads())
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -54,12 +54,16 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(SimpleNamespace(save_for_backward=lambda *tensors: None), *arguments)
 
 
-def _converted(argument: Tensor | int | float | bool | None) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_void_p(None) if argument is None else ctypes.c_long(argument)
+@functools.cache
+def _function(name: str, kinds: tuple[type, ...]) -> Any:
+    """Find a function and say how its arguments are converted, once: a generated token makes many calls."""
+    library = _library()
+    assert library is not None
+    function = library[f"openelm_{name}"]  # another object than last time, with types of its own
+    numbers: dict[type, Any] = {int: ctypes.c_long, bool: ctypes.c_long, float: ctypes.c_float}
+    function.argtypes = [*(numbers.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_long]
+    function.restype = None
+    return function
 
 
 @functools.cache

@@ -29,7 +29,13 @@ static void meet(
     const Shape& shape, const Block& block, const Tile& tile, const float* keys, const float* turned, float* to
 ) {
     long wide = shape.wide();
-    for (long i = 0; i < tile.count; i += STRIP_M) {
+    long i = 0;
+    if (block.width == WIDTH)  // more keys at a time for a few queries
+        for (; i + 2 * STRIP_M <= tile.count; i += 2 * STRIP_M)
+            panel<2 * STRIP_M, 1, false, Sum::alone>(
+                shape.head_dim, keys + i * wide, wide, turned, QUERIES, to + i * QUERIES, QUERIES, nullptr
+            );
+    for (; i < tile.count; i += STRIP_M) {
         long from = first_seeing(shape, block, tile.first + i) / WIDTH * WIDTH;
         panels<false, Sum::alone>(
             std::min(STRIP_M, tile.count - i), block.width - from, shape.head_dim, keys + i * wide, wide,
@@ -41,7 +47,8 @@ static void meet(
 // Puts `hidden` where the query of a lane does not see the key; j is the first lane of a vector.
 static void hide(const Block& block, const Tile& tile, long j, float hidden, float* scores) {
     ivec position = *(const ivec*)(block.position + j), document = *(const ivec*)(block.document + j);
-    for (long i = tile.documents ? 0 : tile.seen_by(block, j); i < tile.seen_by(block, j + WIDTH - 1); i++) {
+    long seen = tile.seen_by(block, j + WIDTH - 1);
+    for (long i = tile.documents ? 0 : tile.seen_by(block, j); i < seen; i++) {
         ivec sees = position >= int32_t(tile.first + i);
         if (tile.documents) sees &= document == tile.documents[i];
         float* to = scores + i * QUERIES + j;
@@ -88,7 +95,8 @@ template <class T> struct Inputs {
         float* statistics
     )
         : shape(shape), q(q), k(k), v(v), documents(documents), scale(1 / std::sqrt(float(shape.head_dim))),
-          best(statistics), inverse(statistics + shape.rows * shape.query_heads * shape.length) {}
+          best(statistics),
+          inverse(statistics ? statistics + shape.rows * shape.query_heads * shape.length : nullptr) {}
     const int32_t* documents_of(long row) const { return documents ? documents + row * shape.keys : nullptr; }
 };
 
@@ -164,13 +172,14 @@ struct Pieces {
             inverse[i] = in.inverse[place + std::min(i, block.count - 1)];
             mean[i] = 0.f;
         }
-        gather(shape, block, to.out, nullptr, dq);
         gather(shape, block, to.d_out, inverse, d_out);
-        for (long i = 0; i < block.count; i++) {
+        each_query(shape, block, to.out, [&](long i, T* out) {
             vec products = {};
-            for (long k = 0; k < wide; k += WIDTH) products += load(dq + i * wide + k) * load(d_out + i * wide + k);
+            long k = 0;
+            for (; k + WIDTH <= shape.head_dim; k += WIDTH) products += load(out + k) * load(d_out + i * wide + k);
+            if (k < shape.head_dim) products += load_first(out + k, shape.head_dim - k) * load(d_out + i * wide + k);
             mean[i] = sum(products);
-        }
+        });
         std::fill(dq, dq + size, 0.f);
         gather(shape, block, in.q, nullptr, queries);
         turn(queries, wide, shape.head_dim, block.count, turned);

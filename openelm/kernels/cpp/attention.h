@@ -78,33 +78,44 @@ template <class T> const float* dense(const T* from, long stride, long count, lo
     return copy;
 }
 
-// The queries of a block, or what belongs to them, times `scale` each, as rows of `wide` floats.
+// Calls visit(i, row) for the queries of a block, one head after the other: rows of a head lie close together. The
+// strides between heads are beyond what a CPU foresees, so rows are asked for ahead of time.
+template <class T, class Visit>
+void each_query(const Shape& shape, const Block& block, const Heads<T>& from, Visit visit) {
+    long groups = shape.groups();
+    for (long head = 0; head < groups; head++) {
+        long i = (head + groups - block.first % groups) % groups;
+        T* row = from.at(block.row, block.head * groups + head, (block.first + i) / groups);
+        for (; i < block.count; i += groups, row += from.position) {
+            for (long k = 0; k < shape.head_dim; k += LINE) __builtin_prefetch(row + 6 * from.position + k);
+            visit(i, row);
+        }
+    }
+}
+
+// The queries of a block, or what belongs to them, as rows of `wide` floats, times their scale.
 template <class T>
-void gather(const Shape& shape, const Block& block, const Heads<T>& from, const float* scale, float* to) {
-    long wide = shape.wide(), groups = shape.groups();
-    for (long i = 0; i < block.count; i++, to += wide) {
-        long query = block.first + i;
-        auto* row = from.at(block.row, block.head * groups + query % groups, query / groups);
+void gather(const Shape& shape, const Block& block, const Heads<T>& from, const float* scale, float* rows) {
+    each_query(shape, block, from, [&](long i, T* row) {
+        float* to = rows + i * shape.wide();
         vec factor = splat(scale ? scale[i] : 1.f);
         long k = 0;
         for (; k + WIDTH <= shape.head_dim; k += WIDTH) store(to + k, load(row + k) * factor);
         if (k < shape.head_dim) store(to + k, load_first(row + k, shape.head_dim - k) * factor), k += WIDTH;
-        for (; k < wide; k += WIDTH) store(to + k, vec{});
-    }
+        for (; k < shape.wide(); k += WIDTH) store(to + k, vec{});
+    });
 }
 
 // Writes the queries of a block back, each row times its scale.
 template <class T>
-void scatter(const Shape& shape, const Block& block, const float* rows, const float* scale, Heads<T> to) {
-    long wide = shape.wide(), groups = shape.groups();
-    for (long i = 0; i < block.count; i++, rows += wide) {
-        long query = block.first + i;
-        T* row = to.at(block.row, block.head * groups + query % groups, query / groups);
+void scatter(const Shape& shape, const Block& block, const float* rows, const float* scale, const Heads<T>& to) {
+    each_query(shape, block, to, [&](long i, T* row) {
+        const float* from = rows + i * shape.wide();
         vec factor = splat(scale[i]);
         long k = 0;
-        for (; k + WIDTH <= shape.head_dim; k += WIDTH) store(row + k, load(rows + k) * factor);
-        if (k < shape.head_dim) store_first(row + k, load(rows + k) * factor, shape.head_dim - k);
-    }
+        for (; k + WIDTH <= shape.head_dim; k += WIDTH) store(row + k, load(from + k) * factor);
+        if (k < shape.head_dim) store_first(row + k, load(from + k) * factor, shape.head_dim - k);
+    });
 }
 
 // (count, wide) to (head_dim, QUERIES) with zeros in the lanes from count to width.
@@ -128,18 +139,20 @@ template <long rows, long parts, bool turned, Sum kind>
 void panel(
     long depth, const float* a, long a_stride, const float* b, long b_row, float* c, long c_row, const float* scale
 ) {
+    if constexpr (kind != Sum::alone)
+        for (long i = 0; i < rows; i++) __builtin_prefetch(c + i * c_row, 1);
     vec total[rows][parts] = {};
 #pragma GCC unroll 4
     for (long k = 0; k < depth; k++) {
         vec right[parts];
         for (long j = 0; j < parts; j++) right[j] = load(b + k * b_row + j * WIDTH);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (long i = 0; i < rows; i++) {
             vec left = splat(turned ? a[k * a_stride + i] : a[i * a_stride + k]);
             for (long j = 0; j < parts; j++) total[i][j] += left * right[j];
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < parts; j++) {
             float* to = c + i * c_row + j * WIDTH;
@@ -159,6 +172,10 @@ void panels(
         if (wanted < rows)
             return panels<turned, kind, rows - 1>(wanted, width, depth, a, a_stride, b, b_row, c, c_row, scale);
     long j = 0;
+    constexpr long many = rows == 1 ? 8 : 4;  // a few rows: enough sums to hide that one takes four cycles
+    if constexpr (rows <= 2)
+        for (; j + many * WIDTH <= width; j += many * WIDTH)
+            panel<rows, many, turned, kind>(depth, a, a_stride, b + j, b_row, c + j, c_row, scale);
     for (; j + LANES <= width; j += LANES)
         panel<rows, 2, turned, kind>(depth, a, a_stride, b + j, b_row, c + j, c_row, scale);
     if (j < width) panel<rows, 1, turned, kind>(depth, a, a_stride, b + j, b_row, c + j, c_row, scale);
@@ -184,16 +201,19 @@ void panels_seen(
         }
 }
 
+// `count` is a multiple of LINE.
 inline bool finite(const float* numbers, long count) {
-    vec rest = {};
-    for (long i = 0; i < count; i += WIDTH) rest += load(numbers + i) * 0.f;
-    return sum(rest) == 0.f;
+    vec rest[LINE / WIDTH] = {};
+    for (long i = 0; i < count; i += LINE)
+        for (long j = 0; j < LINE / WIDTH; j++) rest[j] += load(numbers + i + j * WIDTH) * 0.f;
+    for (long j = 1; j < LINE / WIDTH; j++) rest[0] += rest[j];
+    return sum(rest[0]) == 0.f;
 }
 
 // 2^x to 1 unit in the last place for x <= 0; below -126.5 it is 0.
 inline vec exp2_falling(vec x) {
     const vec shift = splat(12582912.f + 127.f);  // adding it leaves the exponent's bits, rounded, at the end
-    x = splat(-127.f) > x ? splat(-127.f) : x;    // a NaN stays one
+    x = larger(splat(-127.f), x);                 // a NaN stays one
     vec shifted = x + shift, r = x - (shifted - shift);
     vec p = splat(1.5353361947e-4f);
     p = p * r + 1.3398874404e-3f;
