@@ -38,7 +38,7 @@ COLOURS = {"layer-wise": "#1f6feb", "uniform": "#d1570a"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", required=True, help="text files; each tenth document is held out")
+    parser.add_argument("--text", nargs="+", required=True, help="files, folders or globs")
     parser.add_argument("--held-out", nargs="*", default=[], help="other text to measure bits per byte on")
     parser.add_argument("--seconds", type=float, default=500, help="for both runs together, checkpoints included")
     parser.add_argument("--work", type=Path, default=Path("pretrain-gpu"))
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--micro-rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--scores", type=int, default=20, help="measurements on held-out text over all steps")
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--device", default="cuda")
@@ -101,7 +102,7 @@ def recipe(options: argparse.Namespace, side: str) -> RunConfig:
             },
             "schedule": {"peak": options.peak, "warmup_steps": max(1, options.steps // 20)},
             "checkpoints": {"every": options.steps, "keep_last": 2},
-            "evaluation": {"every": max(1, options.steps // 20)},
+            "evaluation": {"every": max(1, options.steps // options.scores)},
         }
     )
 

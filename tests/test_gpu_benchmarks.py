@@ -43,10 +43,10 @@ def test_the_table_has_every_section_and_nothing_is_wrong(tmp_path: Path) -> Non
 def test_pre_training_goes_on_when_it_is_called_again(tmp_path: Path) -> None:
     words = ["cat", "dog", "king", "river", "house", "sees", "finds", "old", "red", "quiet"]
     draw = random.Random(0)
-    for name in ("text", "other"):
-        text = "\n\n".join(" ".join(draw.choice(words) for _ in range(60)) for _ in range(200))
+    for name, documents in (("text", 200), ("other", 2)):
+        text = "\n\n".join(" ".join(draw.choice(words) for _ in range(60)) for _ in range(documents))
         (tmp_path / f"{name}.txt").write_text(text)
-    settings = ["--size", "5m", "--steps", "6", "--rows", "2", "--length", "32", "--vocab-size", "280"]
+    settings = ["--size", "5m", "--steps", "6", "--rows", "2", "--length", "32", "--vocab-size", "280", "--scores", "1"]
     where = ["--text", str(tmp_path / "text.txt"), "--held-out", str(tmp_path / "other.txt"), "--work", str(tmp_path)]
     usual = ["benchmarks.pretrain_gpu", *settings, *where, "--device", "cpu", "--set", "precision=fp32"]
     run(*usual, "--seconds", "0.1")

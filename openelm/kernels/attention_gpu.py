@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from openelm.kernels.transfer import send
 
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 _FEWEST = 64  # documents: a batch with fewer is padded, so that compiled code meets few different sizes
 
 
@@ -24,13 +25,15 @@ class Documents:
         starts: int32 (n + 1,), the first position of each document in the B·T positions, then B·T, repeated so that
             n is a power of two.
         length: T, at least that of the longest document.
+        kernel: what attends within sequences, see `flash_varlen`.
     """
 
     starts: Tensor
     length: int
+    kernel: Kernel
 
     @classmethod
-    def of(cls, ids: Tensor) -> Documents:
+    def of(cls, ids: Tensor, kernel: Kernel) -> Documents:
         """Find the documents of rows: ids (B, T), alike where neighbours are of one document.
 
         It waits for the device that holds `ids`; a training loop has them on the host.
@@ -41,20 +44,18 @@ class Documents:
         count = max(_FEWEST, 1 << (len(found) - 1).bit_length())
         starts = torch.full((count + 1,), ids.numel(), dtype=torch.int32, device=ids.device)
         starts[: len(found)] = found
-        return cls(starts, ids.shape[1])
+        return cls(starts, ids.shape[1], kernel)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend causally within documents: q (B, Hq, T, hd), k and v (B, Hk, T, hd) -> (B, T, Hq*hd), in 16 bits."""
         rows, query_heads, length, head_dim = q.shape
         q, k, v = (part.transpose(1, 2).reshape(rows * length, -1, head_dim) for part in (q, k, v))
-        attend = flash_varlen()
-        assert attend is not None
-        out = attend(q, k, v, self.starts, self.length)
+        out = self.kernel(q, k, v, self.starts, self.length)
         return out.reshape(rows, length, query_heads * head_dim)
 
 
 @functools.cache
-def flash_varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
+def flash_varlen() -> Kernel | None:
     """Return FlashAttention for sequences of different lengths; None where this PyTorch has none (before 2.11).
 
     It takes q, k and v (positions, heads, hd), the starts of the sequences, and a bound of their lengths.
@@ -82,7 +83,8 @@ def visible_documents(documents: Tensor | Documents, dtype: torch.dtype, device:
     """Prepare documents (B, T) for all layers, whose queries are of a dtype, and send them to their device."""
     if isinstance(documents, Documents):
         return documents
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and flash_varlen() is not None:
-        found = Documents.of(documents)
-        return Documents(send(found.starts, device), found.length)
-    return send(documents, device)
+    kernel = flash_varlen() if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else None
+    if kernel is None:
+        return send(documents, device)
+    found = Documents.of(documents, kernel)
+    return replace(found, starts=send(found.starts, device))

@@ -36,6 +36,8 @@ def widths_may_vary() -> AbstractContextManager[None]:
     context: AbstractContextManager[None] = torch._dynamo.config.patch(
         force_parameter_static_shapes=False,
         force_nn_module_property_static_shapes=False,
+        specialize_int=True,  # else those of a module that FSDP2 holds are symbols
+        specialize_float=True,
         recompile_limit=_GRAPHS,
     )
     return context
