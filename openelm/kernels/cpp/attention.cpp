@@ -250,14 +250,17 @@ static void backward_block(const Inputs<T>& in, const Gradients<T>& to, const Bl
     scatter(shape, block, p.dq, p.mean, to.dq);
 }
 
-// Calls `work` with the blocks of all key heads and their turn; the last blocks, with the most keys, first.
+// Calls `work` with the blocks of all key heads and their turn; the last blocks, with the most keys, first. As many
+// heads as threads are worked on side by side, so that what belongs to a head stays in a thread's cache.
 template <class Work> static void each_block(const Shape& shape, const int32_t* documents, long threads, Work work) {
     long heads = shape.rows * shape.kv_heads, tasks = heads * shape.blocks();
     if (tasks * std::min(QUERIES, shape.queries()) * shape.keys * shape.head_dim < FEW_PRODUCTS) threads = 1;
+    threads = std::max(1L, std::min(threads, tasks));
     std::atomic<long> next{0};  // not a loop of OpenMP: no block may start before those whose turn is earlier
-#pragma omp parallel num_threads(std::max(1L, std::min(threads, tasks)))
+#pragma omp parallel num_threads(threads)
     for (long task; (task = next++) < tasks;) {
-        long turn = task / heads, head = task % heads;
+        long first = task / (threads * shape.blocks()) * threads, together = std::min(threads, heads - first);
+        long rest = task - first * shape.blocks(), turn = rest / together, head = first + rest % together;
         long row = head / shape.kv_heads;
         work(Block(shape, row, head % shape.kv_heads, shape.blocks() - 1 - turn, documents), turn);
     }
