@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from openelm.errors import ConfigError
 from openelm.kernels.cross_entropy import linear_cross_entropy
@@ -48,26 +50,36 @@ def test_only_projections_that_fit_are_converted_and_names_stay() -> None:
 @needs_torchao
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_learns_as_in_bf16() -> None:
-    """Emulated: the first loss within 2 % of bf16's; that of the twelfth update, after a fall by a third, 10 %."""
+    """Emulated: gradients point where bf16's do (cosine above 0.95), losses of eight updates are within 5 % of bf16's.
+
+    Three bits of mantissa are too few for more: where both know their four rows by heart they drift apart.
+    """
     tokens = torch.randint(0, 97, (4, 33), generator=torch.Generator().manual_seed(1)) % 7
 
-    def train(model: OpenELM) -> tuple[float, float]:
+    def train(model: OpenELM) -> tuple[list[float], dict[str, Tensor]]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(12):
+        losses, gradients = [], {}
+        for _ in range(8):
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
                 loss, _ = linear_cross_entropy(hidden, model.head_weight, tokens[:, 1:].flatten())
             optimizer.zero_grad()
             (loss / 128).backward()
-            optimizer.step()
             losses.append(float(loss) / 128)
-        return losses[0], losses[-1]
+            gradients = gradients or {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None and parameter.ndim > 1
+            }
+            optimizer.step()
+        return losses, gradients
 
     model = small_model()
     other = copy.deepcopy(model)
     use_float8(other, emulate=True)
-    (first, wide), (begun, narrow) = train(model), train(other)
-    assert begun == pytest.approx(first, rel=0.02)
-    assert wide < first * 2 / 3
-    assert narrow == pytest.approx(wide, rel=0.1)
+    (wide, expected), (narrow, found) = train(model), train(other)
+    assert wide[-1] < wide[0] / 2
+    assert narrow == pytest.approx(wide, rel=0.05)
+    for name, gradient in expected.items():
+        assert float(F.cosine_similarity(gradient.flatten(), found[name].flatten(), dim=0)) > 0.95, name
+        assert not torch.equal(gradient, found[name]), "rounded at all"
