@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import PlainModel, PlainTrainer
+from benchmarks.peers import llama_config
 from openelm.data.stream import Batch
 from openelm.kernels.cross_entropy import linear_cross_entropy
 from openelm.model.float8 import check_float8
@@ -243,24 +244,13 @@ def _llama(
     plan: LayerPlan, case: Case, inputs: Tensor, targets: Tensor, *, liger: bool = False
 ) -> Callable[[], Tensor]:
     """transformers' Llama of equal parameters with equal layers, its layers compiled, its loss its own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = LlamaConfig(
-        vocab_size=case.vocab_size,
-        hidden_size=plan.dim,
-        intermediate_size=plan.ffn_dims[0],
-        num_hidden_layers=plan.layers,
-        num_attention_heads=plan.query_heads[0],
-        num_key_value_heads=plan.kv_heads[0],
-        head_dim=plan.head_dim,
-        max_position_embeddings=case.length,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = llama_config(plan, case.vocab_size, case.length)
     config._attn_implementation = "sdpa"
     with torch.device(case.device):
         model = LlamaForCausalLM(config).float()

@@ -14,7 +14,19 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from benchmarks.work import BETAS, CLIP_NORM, EPS, LEARNING_RATE, WEIGHT_DECAY, Maker, Side, Step, Work, tensors
+from benchmarks.work import (
+    BETAS,
+    CLIP_NORM,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    CannotCompare,
+    Maker,
+    Side,
+    Step,
+    Work,
+    tensors,
+)
 
 
 def adamw(model: Any) -> Any:
@@ -52,25 +64,32 @@ def side(step: Step, model: Any, optimizer: str, *packages: str) -> Side:
 
 def llama(folder: Path, work: Work) -> tuple[Any, Any, Any]:
     """Return the inputs, the targets and Hugging Face's LLaMA with the uniform model's weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     inputs, targets, weights = tensors(folder)
-    config = LlamaConfig(
-        vocab_size=work.vocab_size,
-        hidden_size=work.dim,
-        intermediate_size=work.ffn_dims[0],
-        num_hidden_layers=len(work.ffn_dims),
-        num_attention_heads=work.query_heads[0],
-        num_key_value_heads=work.kv_heads[0],
-        head_dim=work.head_dim,
-        max_position_embeddings=work.length,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = llama_config(work, work.vocab_size, work.length)
     model = LlamaForCausalLM(config)
     model.load_state_dict(llama_names(weights, work))
     model.tie_weights()
     return inputs, targets, model.train()
+
+
+def llama_config(widths: Any, vocab_size: int, length: int) -> Any:
+    """Make Hugging Face's config of a LLaMA with equal layers; `widths` is a `Work` or a `LayerPlan`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=widths.dim,
+        intermediate_size=widths.ffn_dims[0],
+        num_hidden_layers=len(widths.ffn_dims),
+        num_attention_heads=widths.query_heads[0],
+        num_key_value_heads=widths.kv_heads[0],
+        head_dim=widths.head_dim,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
 
 
 def llama_names(weights: dict[str, Any], work: Work) -> dict[str, Any]:
@@ -268,7 +287,7 @@ def openelm_pytorch_side(folder: Path, work: Work, precision: str) -> Side:
     try:
         model.load_state_dict({name.removeprefix("transformer."): weight for name, weight in weights.items()})
     except RuntimeError as error:
-        raise NotImplementedError(f"its rule gives other widths: {error}") from None
+        raise CannotCompare(f"its rule gives other widths: {error}") from None
 
     # It rotates queries and keys only where a cache is wanted, and then refuses batches of more than one row.
     rotates = work.rows == 1

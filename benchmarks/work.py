@@ -14,6 +14,10 @@ from typing import Any, Literal
 Layers = Literal["layer-wise", "uniform"]
 
 
+class CannotCompare(Exception):
+    """A package cannot do this work; the message says why."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A size of `openelm.model.sizes`, fields that replace its own, and the batch of one step."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openelm.kernels.attention_gpu import Documents
-from openelm.kernels.native import call, runs_native
+from openelm.kernels.native import call, learns, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype
 
 _LINE = 16  # components of a head are padded to multiples of it, as in cpp/attention.h
@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | Documents 
     if runs_native(q, k, v) and q.numel():
         documents = None if documents is None else _small_numbers(documents)
         q, k, v = (part if part.dtype == dtype else part.to(dtype) for part in (q, k, v))
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if learns(q, k, v):
             out: Tensor = _Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
             return out
         return _forward(q, k, v, documents, None)

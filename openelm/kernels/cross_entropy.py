@@ -25,17 +25,30 @@ def linear_cross_entropy(
     Returns loss_sum = Σ nll + z_loss · logsumexp², differentiable, and nll_sum, detached; both cover the rows with
     a target only. Follows torch.autocast. The gradients are computed with the loss, chunk by chunk (Cut
     Cross-Entropy, arXiv 2411.09009, names the idea; here the chunks are rows and nothing is dropped).
+
+    Raises:
+        IndexError: a target is outside the vocabulary; on CUDA it is not looked for.
     """
     dtype = matmul_dtype(hidden, weight)
     if not _on_gpu(hidden, dtype):
         kept = (targets != -100).nonzero().squeeze(1)
         if len(kept) < len(targets):
             hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+        targets = _checked(targets, len(weight))
     learning = torch.is_grad_enabled()
     loss_sum, nll_sum = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, z_loss, dtype, learning
     )
     return loss_sum, nll_sum
+
+
+def _checked(targets: Tensor, vocabulary: int) -> Tensor:
+    """Return targets as the kernels read them: int64 without gaps, each in the vocabulary."""
+    if targets.numel():
+        least, most = (int(bound) for bound in torch.aminmax(targets))
+        if least < 0 or most >= vocabulary:
+            raise IndexError(f"target {least if least < 0 else most} is not in the vocabulary of {vocabulary} tokens")
+    return targets.long().contiguous()
 
 
 def _on_gpu(hidden: Tensor, dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openelm.kernels.native import call, kernels_name, runs_native
+from openelm.kernels.native import apply, call, kernels_name, runs_native
 from openelm.kernels.precision import emulates_bf16, matmul_dtype, mkl_knows_this_cpu
 
 _CHUNK_ROWS = 1024  # fp32 results of this many rows stay in the cache until they are rounded
@@ -37,7 +37,7 @@ def _linear(x: Tensor, weight: Tensor, *, multiplies: bool) -> Tensor:
     if not (ours or emulates_bf16(x, dtype)):
         return F.linear(x, weight)  # which keeps its operands before it multiplies: checkpoints stop there
     rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Linear.apply(rows, weight, dtype, multiplies)  # type: ignore[no-untyped-call]
+    out: Tensor = apply(_Linear, rows, weight, dtype, multiplies)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

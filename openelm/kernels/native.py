@@ -47,9 +47,14 @@ def call(name: str, *arguments: Tensor | int | float | bool | None) -> None:
     function(*addresses, torch.get_num_threads())
 
 
+def learns(*arguments: Any) -> bool:
+    """Tell whether autograd wants a gradient of any of these."""
+    return torch.is_grad_enabled() and any(isinstance(entry, Tensor) and entry.requires_grad for entry in arguments)
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Call an autograd Function; where nothing learns, without the bookkeeping that costs one token more than it."""
-    if torch.is_grad_enabled() and any(isinstance(entry, Tensor) and entry.requires_grad for entry in arguments):
+    if learns(*arguments):
         return function.apply(*arguments)  # type: ignore[no-untyped-call]
     return function.forward(SimpleNamespace(save_for_backward=lambda *tensors: None), *arguments)
 

@@ -44,14 +44,10 @@ def matmul_dtype(*operands: Tensor) -> torch.dtype:
     return promoted
 
 
-def runs_by_hand(x: Tensor) -> bool:
-    """Tell whether the hand-ordered CPU version of a kernel applies: eagerly on a CPU.
-
-    GPUs have native kernels, and a compiler or exporter wants the plain formula, which it orders and fuses itself.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def emulates_bf16(x: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether products of bf16 numbers are better taken in fp32 (exact products, fp32 sums) here."""
-    return dtype == torch.bfloat16 and runs_by_hand(x) and not cpu_multiplies_bf16()
+    """Tell whether products of bf16 numbers are better taken in fp32 (exact products, fp32 sums) here.
+
+    Only eagerly: a compiler or exporter wants the plain formula.
+    """
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return dtype == torch.bfloat16 and eager and not cpu_multiplies_bf16()

@@ -179,3 +179,21 @@ def test_one_thread_gives_the_same_as_two() -> None:
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrong", [9, -1, 2**40])
+def test_a_target_outside_the_vocabulary_is_an_error_and_writes_nowhere(wrong: int) -> None:
+    hidden, weight = numbers(3, 4, dtype=torch.float32), numbers(9, 4, seed=1, dtype=torch.float32)
+    with pytest.raises(IndexError, match=f"target {wrong} .* of 9 tokens"):
+        run(hidden, weight, torch.tensor([1, wrong, 2]), Z_LOSS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_targets_of_any_layout_and_kind_give_the_same(dtype: torch.dtype) -> None:
+    hidden, weight = numbers(6, 4, dtype=dtype), numbers(9, 4, seed=1, dtype=dtype)
+    targets = torch.tensor([3, 0, 8, 1, 2, 5])
+    apart = torch.stack((targets, torch.full_like(targets, 7)), 1)[:, 0]
+    assert not apart.is_contiguous()
+    expected = run(hidden, weight, targets, Z_LOSS)
+    for other in (apart, targets.int()):
+        assert all(torch.equal(a, b) for a, b in zip(run(hidden, weight, other, Z_LOSS), expected, strict=True))

@@ -60,12 +60,8 @@ extern "C" void openelm_softmax_loss(
     float* log_sums, float* scales, long gradients, long threads
 ) {
     using namespace openelm;
-    if (logits_are_bf16)
-        softmax_loss(
-            rows, columns, (bf16*)logits, targets, z_loss, nll, log_sums, scales, bool(gradients), threads
-        );
-    else
-        softmax_loss(
-            rows, columns, (float*)logits, targets, z_loss, nll, log_sums, scales, bool(gradients), threads
-        );
+    by_dtype(logits_are_bf16, [=](auto kind) {
+        using T = decltype(kind);
+        softmax_loss(rows, columns, (T*)logits, targets, z_loss, nll, log_sums, scales, bool(gradients), threads);
+    });
 }

@@ -68,19 +68,17 @@ void multiply(long m, long n, long k, Matrix<A> a, Matrix<B> b, float* c, long c
 
 using namespace openelm;
 
-template <class A, class B>
-static void product(
-    long m, long n, long k, const void* a, long a_row, long a_column, const void* b, long b_row, long b_column,
-    float* c, long c_row, bool add, int threads
-) {
-    multiply<A, B>(m, n, k, {(const A*)a, a_row, a_column}, {(const B*)b, b_row, b_column}, c, c_row, add, threads);
-}
-
 extern "C" void openelm_gemm(
     long m, long n, long k, const void* a, long a_row, long a_column, long a_is_bf16, const void* b, long b_row,
     long b_column, long b_is_bf16, float* c, long c_row, long add, long threads
 ) {
-    auto call = a_is_bf16 ? (b_is_bf16 ? product<bf16, bf16> : product<bf16, float>)
-                          : (b_is_bf16 ? product<float, bf16> : product<float, float>);
-    call(m, n, k, a, a_row, a_column, b, b_row, b_column, c, c_row, add, threads);
+    by_dtype(a_is_bf16, [=](auto kind_of_a) {
+        by_dtype(b_is_bf16, [=](auto kind_of_b) {
+            using A = decltype(kind_of_a);
+            using B = decltype(kind_of_b);
+            Matrix<A> left{(const A*)a, a_row, a_column};
+            Matrix<B> right{(const B*)b, b_row, b_column};
+            multiply(m, n, k, left, right, c, c_row, bool(add), int(threads));
+        });
+    });
 }

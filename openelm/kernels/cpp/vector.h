@@ -111,7 +111,8 @@ inline float largest(vec x) {
 }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// e^x to 1.5 units in the last place; below -87.3 it is 0, above 88.3 infinite. By Cephes' reduction x = n ln 2 + r, |r| <= ln 2 / 2.
+// e^x to 1.5 units in the last place; below -87.3 it is 0, above 88.3 infinite. By Cephes' reduction x = n ln 2 + r,
+// |r| <= ln 2 / 2.
 inline vec exp(vec x) {
     vec clamped = larger(x, splat(-87.3f));
     clamped = clamped < 88.3f ? clamped : splat(88.3f);
