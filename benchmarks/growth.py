@@ -1,6 +1,6 @@
 """Measure how the time of an update grows: python -m benchmarks.growth rows|length|steps [--json].
 
-rows: seconds a token of `tiny` at 256 tokens a row, with 1 to 64 rows. length: seconds a FLOP of `tiny` with 4,096
+rows: seconds a token of `tiny` at 512 tokens a row, with 1 to 64 rows. length: seconds a FLOP of `tiny` with 4,096
 tokens in rows of 512 to 4,096. steps: seconds of a small model's updates, from the first to the ten-thousandth. Updates
 of the trainer itself, in fp32 on the CPU, in turns; medians, and each over the first one's.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.work import DEMO, Case, model_config
 
 Batches = Sequence[tuple[int, int]]  # rows, length
-ROWS: Batches = [(1, 256), (4, 256), (16, 256), (64, 256)]
+ROWS: Batches = [(1, 512), (4, 512), (16, 512), (64, 512)]
 LENGTHS: Batches = [(8, 512), (4, 1024), (2, 2048), (1, 4096)]
 SMALL = Case("5m", 4, 64, {**DEMO, "model_dim": 64, "vocab_size": 512})
 STEPS, WINDOW = 10_000, 1_000
