@@ -77,28 +77,20 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
     vocab_size = arguments.vocab_size or _vocab_size(config)
     model = config.model.config(vocab_size)
     device, precision, notes = _device(arguments.device, train.precision)
-    rows = min(train.micro_rows or train.rows, train.rows // devices)
-    work = Work(
-        rows,
-        train.length,
-        precision,
-        "cpu" if arguments.device == "cpu" else "gpu",
-        train.recompute,
-        train.document_mask,
-    )
+    work = train.work(model.plan, devices, precision, arguments.device)
     mfu, source = _mfu(model.parameters, device, arguments.mfu)
     assert device.flops_per_second is not None
     tokens = train.steps * train.rows * train.length
     held = Held(config.optimizer.kind, config.optimizer.weights)
     time = run_time(
         model.plan, vocab_size, tokens=tokens, length=train.length, devices=devices,
-        flops_per_second=device.flops_per_second, mfu=mfu, recompute=train.recompute,
+        flops_per_second=device.flops_per_second, mfu=mfu, recompute=work.recompute,
     )  # fmt: skip
     assumptions = (
         *notes,
         f"MFU {mfu:.3f}: {source}",
         "devices lose nothing to waiting for each other: no run on many has been measured; lower --mfu to allow for it",
-        f"{vocab_size:,} ids; {rows} rows of {train.length:,} tokens go through a device at once",
+        f"{vocab_size:,} ids; {work.rows} rows of {train.length:,} tokens go through a device at once",
         f"weights, gradients and two moments are fp32, 4 bytes each, but matrices of layers have {held.weight_bytes} "
         f"of weights, {held.moment_bytes} of moments (optimizer.kind {held.kind}, optimizer.weights {held.weights}); "
         f"activations and copies {precision}, {work.narrow} bytes, but the residual stream 4",
@@ -106,6 +98,12 @@ def _budget(config: RunConfig, arguments: argparse.Namespace) -> Budget:
         "time; arithmetic, for train.shard_processes = all of them; no such run was measured",
         "not counted: what the driver and the allocator keep (some GB on a GPU), evaluation, checkpoints, loading",
     )
+    if train.activation_gb is not None:
+        counts = (f"{work.recompute.count(kind)} {kind}" for kind in ("selective", "full"))
+        assumptions += (
+            f"recompute by layer: {' and '.join(counts)} of {model.plan.layers} layers, the least work for which "
+            f"they keep at most train.activation_gb {train.activation_gb:g}; the time counts it",
+        )
     if train.document_mask:
         assumptions += ("every row holds several documents: each layer keeps a mask (measured on CPUs only)",)
     shown = layouts(model.plan, vocab_size, work, devices, held)

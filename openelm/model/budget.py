@@ -121,13 +121,10 @@ def recompute_within(plan: LayerPlan, work: Work, most_bytes: int) -> tuple[Reco
     def kept(layer: int, kind: Recompute) -> int:
         return layer_activation_bytes(plan, layer, replace(work, recompute=kind))
 
-    def cost(layer: int, kind: Recompute) -> float:
-        products = 2 * _layer_parameters(plan)[layer] if kind == "full" else 0
-        return work.tokens * (products + 2 * plan.query_heads[layer] * plan.head_dim * (work.length + 1))
-
     steps: tuple[tuple[Recompute, Recompute], ...] = (("none", "selective"), ("selective", "full"))
     for before, after in steps:
-        won = [(kept(n, before) - kept(n, after)) / cost(n, after) for n in range(plan.layers)]
+        costs = _again_flops(plan, work.length, after)
+        won = [(kept(n, before) - kept(n, after)) / cost for n, cost in enumerate(costs)]
         for layer in sorted(range(plan.layers), key=lambda n: -won[n]):
             if activation_bytes(plan, replace(work, recompute=tuple(kinds))) <= most_bytes:
                 return tuple(kinds)
@@ -209,6 +206,16 @@ def _layer_parameters(plan: LayerPlan) -> list[int]:
     return [plan.dim * (plan.head_dim * 2 * (q + kv) + 3 * ffn) for q, kv, ffn in heads]
 
 
+def _again_flops(plan: LayerPlan, length: int, recompute: Recompute | tuple[Recompute, ...]) -> list[float]:
+    """Count what each layer computes again, in FLOPs a token: nothing, attention, or all of its forward pass."""
+    kinds = (recompute,) * plan.layers if isinstance(recompute, str) else recompute
+    again: list[float] = []
+    for kind, heads, parameters in zip(kinds, plan.query_heads, _layer_parameters(plan), strict=True):
+        attention = 2 * heads * plan.head_dim * (length + 1)
+        again.append({"none": 0, "selective": attention, "full": attention + 2 * parameters}[kind])
+    return again
+
+
 @dataclass(frozen=True)
 class Time:
     """How long a run takes."""
@@ -228,16 +235,14 @@ def run_time(
     devices: int,
     flops_per_second: float,
     mfu: float,
-    recompute: Recompute = "none",
+    recompute: Recompute | tuple[Recompute, ...] = "none",
 ) -> Time:
     """Predict the time of `tokens` training tokens on `devices` that each reach `mfu` of `flops_per_second`.
 
-    Recomputing repeats the forward pass, a third more work, or its attention only; MFU does not count it.
+    Recomputing repeats the forward pass of the layers or their attention only; MFU does not count it.
     """
     flops = plan.training_flops_per_token(vocab_size, length)
-    forward = flops / 3
-    attention = forward - 2 * plan.matmul_parameters(vocab_size)
-    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    again = sum(_again_flops(plan, length, recompute))
     speed = devices * flops_per_second * mfu / (flops + again)
     seconds = tokens / speed
     return Time(flops, speed, seconds, devices * seconds / 3600)
@@ -280,12 +285,18 @@ def layouts(
     devices: int,
     held: Held = Held(),
 ) -> dict[str, Memory]:
-    """Count the memory of a device for each way to lay a run out, by name; only fp32 weights can be sharded."""
+    """Count the memory of a device for each way to lay a run out, by name; only fp32 weights can be sharded.
+
+    What `work` computes again is among them if it differs from layer to layer.
+    """
     found = {}
     both = devices > 1 and held.weights == "fp32"
+    by_layer = () if isinstance(work.recompute, str) else (work.recompute,)
     for name, shards in (("replicated", 1), ("sharded", devices))[: 1 + both]:
-        for recompute in get_args(Recompute):
+        for recompute in (*get_args(Recompute), *by_layer):
             label = name if recompute == "none" else f"{name}, {recompute} recompute"
+            if recompute in by_layer:
+                label = f"{name}, recompute by layer"
             found[label] = memory(plan, vocab_size, replace(work, recompute=recompute), shards=shards, held=held)
     return found
 

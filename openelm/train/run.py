@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,10 +20,11 @@ from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files import make_folder, publish_folder, write_atomic
 from openelm.kernels.precision import cpu_multiplies_bf16
+from openelm.model.budget import Work, recompute_within
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
 from openelm.model.float8 import check_float8
-from openelm.model.plan import matched_uniform_plan
+from openelm.model.plan import LayerPlan, matched_uniform_plan
 from openelm.model.sizes import ModelChoice
 from openelm.model.transformer import Recompute
 from openelm.optim.config import OptimizerConfig
@@ -108,8 +109,27 @@ class TrainConfig(Config):
         if self.precision == "float8" and self.shard_processes > 1:
             raise ValueError("precision 'float8' needs shard_processes 1")
         if self.activation_gb is not None and self.recompute != "none":
-            raise ValueError("activation_gb chooses what to compute again: leave recompute out")
+            raise ValueError("activation_gb chooses what to compute again: leave recompute at 'none'")
         return self
+
+    def work(self, plan: LayerPlan, processes: int, precision: str, device: str) -> Work:
+        """Describe what goes through a model at once in each of some processes, on a "cpu" or another device.
+
+        Raises:
+            ConfigError: activation_gb is too little.
+        """
+        rows = self.rows // (self.shards if self.numerics == "exact" else processes)
+        work = Work(
+            min(rows, self.micro_rows or rows),
+            self.length,
+            "fp32" if precision == "fp32" else "bf16",
+            "cpu" if device == "cpu" else "gpu",
+            self.recompute,
+            self.document_mask,
+        )
+        if self.activation_gb is None:
+            return work
+        return replace(work, recompute=recompute_within(plan, work, int(self.activation_gb * 1e9)))
 
 
 class EvaluationConfig(Config):

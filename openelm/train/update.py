@@ -19,9 +19,8 @@ from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError, VerificationError
 from openelm.kernels.attention_gpu import visible_documents
 from openelm.kernels.transfer import Returning, send
-from openelm.model.budget import Work, recompute_within
 from openelm.model.float8 import use_float8
-from openelm.model.transformer import OpenELM, Recompute
+from openelm.model.transformer import OpenELM
 from openelm.optim.optimizer import Optimizer, clip_divisor
 from openelm.optim.schedule import learning_rate
 from openelm.train.checkpoint import Checkpoint, check_names
@@ -105,7 +104,8 @@ class Updater:
         self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
         if run.precision == "float8":
             use_float8(self.model)
-        self.model.recompute = _recompute(run, processes)
+        work = self.config.work(run.model_config.plan, processes.count, run.precision, run.device.type)
+        self.model.recompute = work.recompute
         self.model.compiles = run.compiles
         self.optimizer = Optimizer(run.config.optimizer, self.model, seed=self.config.seed)
         self.optimizer.load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
@@ -300,22 +300,6 @@ class Updater:
             file=self.run.ledger_path,
             fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
         )
-
-
-def _recompute(run: Run, processes: Processes) -> Recompute | tuple[Recompute, ...]:
-    """Choose what each layer computes again, for the rows that go through the model at once."""
-    train = run.config.train
-    if train.activation_gb is None:
-        return train.recompute
-    rows = train.rows // (train.shards if train.numerics == "exact" else processes.count)
-    work = Work(
-        min(rows, train.micro_rows or rows),
-        train.length,
-        "fp32" if run.precision == "fp32" else "bf16",
-        "cpu" if run.device.type == "cpu" else "gpu",
-        document_mask=train.document_mask,
-    )
-    return recompute_within(run.model_config.plan, work, int(train.activation_gb * 1e9))
 
 
 def _whole_model(run: Run) -> OpenELM:

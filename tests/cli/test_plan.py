@@ -63,6 +63,27 @@ def test_every_assumption_is_printed(recipe: str, capsys: pytest.CaptureFixture[
     assert "sharded" not in text.split("assumed")[0]  # one device
 
 
+def test_memory_for_activations_decides_what_is_computed_again(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", recipe, "--vocab-size", "32000", "--devices", "128", "--json"]
+    assert main(words) == 0
+    free = json.loads(capsys.readouterr().out)
+    kept = free["memory_bytes"]["replicated"]["activations"]
+    assert main([*words, f"train.activation_gb={0.9 * kept / 1e9}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kinds = found["work"]["recompute"]
+    assert kinds.count("selective") + kinds.count("none") == 16 and 0 < kinds.count("selective") < 16
+    assert 0.8 * kept < found["memory_bytes"]["replicated, recompute by layer"]["activations"] <= 0.9 * kept
+    assert free["seconds"] < found["seconds"] < 1.03 * free["seconds"]
+    told = f"recompute by layer: {kinds.count('selective')} selective and 0 full of 16 layers"
+    assert any(line.startswith(told) for line in found["assumptions"])
+
+
+def test_exact_sums_take_the_rows_of_one_shard_at_once(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train.numerics=exact", "train.shards=256"]
+    assert main(["plan", recipe, "--vocab-size", "32000", "--devices", "2", "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["work"]["rows"] == 2048 // 256
+
+
 def test_a_tokenizer_that_is_not_here_is_named(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe]) == 2
     assert "--vocab-size" in capsys.readouterr().err

@@ -157,13 +157,16 @@ def test_time_is_work_over_rate() -> None:
     assert time.device_hours == pytest.approx(8 * time.seconds / 3600)
 
 
-def test_recomputation_repeats_the_forward_pass() -> None:
+def test_recomputation_repeats_the_forward_pass_of_the_layers() -> None:
     arguments = {"tokens": 10, "length": 64, "devices": 1, "flops_per_second": 1e12, "mfu": 0.5}
     plan = model_size("5m").plan
     times = [run_time(plan, 8192, recompute=kind, **arguments).seconds for kind in get_args(Recompute)]  # type: ignore[arg-type]
-    assert times[2] == pytest.approx(times[0] * 4 / 3)
-    attention = plan.forward_flops_per_token(8192, 64) - 2 * plan.matmul_parameters(8192)
+    forward = plan.forward_flops_per_token(8192, 64)
+    attention = forward - 2 * plan.matmul_parameters(8192)
     assert times[1] - times[0] == pytest.approx(10 * attention / 0.5e12)
+    assert times[2] - times[0] == pytest.approx(10 * (forward - 2 * 8192 * plan.dim) / 0.5e12), "all but the head"
+    mixed = run_time(plan, 8192, recompute=("full", *["selective"] * 5), **arguments).seconds  # type: ignore[arg-type]
+    assert times[1] < mixed < times[2]
 
 
 def test_bytes_of_one_layer_and_token_by_hand() -> None:
