@@ -13,18 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import (
-    BETAS,
-    CLIP_NORM,
-    EPS,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    CannotCompare,
-    Maker,
-    Side,
-    Work,
-    tensors,
-)
+from benchmarks.work import HYPERPARAMETERS, CannotCompare, Maker, Side, Work, tensors
 from openelm.bench.machine import allocator, peak_bytes
 
 
@@ -87,7 +76,7 @@ def our_side(folder: Path, work: Work, precision: Any, *, keep_freed_memory: boo
     rule = updater.run.config.optimizer
     betas, clip_norm = (rule.beta1, rule.beta2), updater.config.clip_norm
     defaults = (our.LEARNING_RATE, betas, rule.eps, rule.weight_decay, clip_norm)
-    assert defaults == (LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM), "peers must train with the same"
+    assert defaults == HYPERPARAMETERS, "peers must train with the same"
     inputs, targets, _ = tensors(folder)  # the weights are those that the updater draws; the first losses tell
     batch = our.fixed_batch(torch.cat([inputs, targets[:, -1:]], dim=1))
 

@@ -36,6 +36,7 @@ CASES = {
     "270m": Case("270m", 1, 512, {"vocab_size": 32_128}),
 }
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
+HYPERPARAMETERS = (LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM)
 """What all sides train with: the defaults of our recipes."""
 
 

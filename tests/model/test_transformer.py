@@ -180,7 +180,7 @@ def test_other_dtypes_begin_with_the_same_draws_rounded(odd_config: ModelConfig,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device to compare with")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and `pytest -m gpu`")
 def test_a_beginning_does_not_depend_on_the_device(odd_config: ModelConfig) -> None:
     there = OpenELM(odd_config).to("cuda")
     there.initialise(torch.Generator().manual_seed(5))

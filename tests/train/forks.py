@@ -99,9 +99,7 @@ class Launch:
         """Start `count` processes; `before` has what to do first in some of them, by rank."""
         if self._backend == "nccl":
             if torch.cuda.device_count() < count:
-                pytest.skip(
-                    f"NCCL needs {count} GPUs for {count} processes, this machine has {torch.cuda.device_count()}"
-                )
+                pytest.skip(f"NCCL needs a GPU a process, {count}, and `pytest -m gpu`, which shows them to tests")
             assert not before, "what one process does first needs a fork"
             overrides = (*overrides, "train.device=cuda")
         folder.mkdir(exist_ok=True)

@@ -117,7 +117,7 @@ def test_a_break_and_a_resume_give_the_same_bits(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and `pytest -m gpu`")
 @pytest.mark.parametrize("documents", [True, False])
 def test_a_steady_step_on_cuda_waits_for_nothing(bench: Any, tmp_path: Path, documents: bool) -> None:
     """Whatever waits for the device is an error; to read the numbers of the step before is none."""
