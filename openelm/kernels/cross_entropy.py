@@ -27,7 +27,7 @@ def linear_cross_entropy(
     Cross-Entropy, arXiv 2411.09009, names the idea; here the chunks are rows and nothing is dropped).
 
     Raises:
-        IndexError: a target is outside the vocabulary; on CUDA it is not looked for.
+        IndexError: a target is outside the vocabulary; Triton's kernel, on CUDA, does not look for it.
     """
     dtype = matmul_dtype(hidden, weight)
     if not _on_gpu(hidden, dtype):
