@@ -1,6 +1,7 @@
 """Measure how the time of an update grows: python -m benchmarks.growth rows|length|steps [--json].
 
-rows: seconds a token of `tiny` at 512 tokens a row, with 1 to 64 rows. length: seconds a FLOP of `tiny` with 4,096
+rows: seconds a token of `tiny` at 512 tokens a row, with 1 to 64 rows; small batches are updated as often as it takes
+to see 16 rows, so that a moment's disturbance weighs as much on each. length: seconds a FLOP of `tiny` with 4,096
 tokens in rows of 512 to 4,096. steps: seconds of a small model's updates, from the first to the ten-thousandth. Updates
 of the trainer itself, in fp32 on the CPU, in turns; medians, and each over the first one's.
 """
@@ -22,12 +23,13 @@ ROWS: Batches = [(1, 512), (4, 512), (16, 512), (64, 512)]
 LENGTHS: Batches = [(8, 512), (4, 1024), (2, 2048), (1, 4096)]
 SMALL = Case("5m", 4, 64, {**DEMO, "model_dim": 64, "vocab_size": 512})
 STEPS, WINDOW = 10_000, 1_000
+_LEAST_TOKENS = 16 * 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("growth", choices=("rows", "length", "steps"))
-    parser.add_argument("--repeats", type=int, default=5, help="timed updates a batch, after one untimed")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns, after one untimed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     import torch
@@ -59,7 +61,8 @@ def over_batches(batches: Batches, repeats: int, by_flops: bool) -> dict[str, An
     seconds: dict[tuple[int, int], list[float]] = {size: [] for size in batches}
     for turn in range(repeats + 1):
         for size in batches if turn % 2 == 0 else batches[::-1]:
-            seconds[size].append(timed(trainer, work[size]))
+            updates = max(1, _LEAST_TOKENS // (size[0] * size[1]))
+            seconds[size].append(sum(timed(trainer, work[size]) for _ in range(updates)) / updates)
     cost = {}
     for (rows, length), times in seconds.items():
         flops = config.plan.training_flops_per_token(config.vocab_size, length) if by_flops else 1
