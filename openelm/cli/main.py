@@ -34,6 +34,7 @@ _HANDLERS = {
     "chat": ("talk", "chat"),
     "data manifest": ("data", "manifest"),
     "data merge": ("data", "merge"),
+    "convert": ("convert", "convert"),
     "data check": ("data", "check"),
     "data decontaminate": ("clean", "decontaminate"),
     "data dedup": ("clean", "dedup"),
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_verify(verbs)
     _add_models(verbs)
+    _add_convert(verbs)
     _add_plan(verbs)
     _add_bench(verbs)
     _add_talking(verbs)
@@ -224,10 +226,54 @@ def _add_models(verbs: Verbs) -> None:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_device(evaluate)
     inspect = _verb(
-        verbs, "inspect", "show the layers and exact costs of a size or a model folder", "openelm inspect 270m --json"
+        verbs,
+        "inspect",
+        "show the layers and exact costs of a size or a model, and what the model lacks",
+        "openelm inspect 270m --json",
     )
-    inspect.add_argument("what", metavar="SIZE_OR_FOLDER", help="a size (270m, 450m, 1.1b, 3b, …) or a model folder")
+    inspect.add_argument(
+        "what", metavar="MODEL", help="a size (270m, 450m, 1.1b, 3b, …), a model folder, a .pt or a .gguf file"
+    )
+    inspect.add_argument("--hash", action="store_true", help="read all weights and print their SHA-256")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_convert(verbs: Verbs) -> None:
+    convert = _verb(
+        verbs,
+        "convert",
+        "bring a model from any layout to any other, tensor by tensor",
+        "openelm convert checkpoint_average.pt --to hf --tokenizer tokenizer.model --rows 32000 -o openelm-270m\n\n"
+        "sources: folders of Hugging Face (Apple's release, ours) and MLX (Apple's, mlx-lm's, quantised too),\n"
+        "  .pt files of CoreNet (read without running them; adapters are merged), .gguf files\n\n"
+        "targets, each a new folder:\n"
+        "  hf       config.json and safetensors: transformers, vLLM, and all that this program does\n"
+        "  mlx      the same folder, as mlx-lm reads it\n"
+        "  gguf     model.gguf for llama.cpp and its relatives, and a Modelfile for Ollama\n"
+        "  onnx     model.onnx with a key/value cache, for onnxruntime and OpenVINO\n"
+        "  corenet  checkpoint.pt, as Apple's training code reads it",
+    )
+    convert.add_argument("source", help="model folder, .pt or .gguf file")
+    convert.add_argument("--to", required=True, choices=("hf", "mlx", "gguf", "onnx", "corenet"), help="see below")
+    convert.add_argument("-o", "--out", required=True, help="folder to make")
+    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="round all numbers (default: keep them)")
+    convert.add_argument(
+        "--quantize", metavar="KIND", help="pack matrices: f32, f16, bf16, q8_0 and more for gguf; 4 or 8 bits for mlx"
+    )
+    convert.add_argument("--tokenizer", metavar="FILE", help="a .model or tokenizer.json to attach")
+    convert.add_argument("--rows", type=int, metavar="N", help="rows of the vocabulary: cut off, or zeros put behind")
+    convert.add_argument(
+        "--kind",
+        choices=("base", "instruct"),
+        help="whether it learned the chat format, so that a chat template comes with it (default: as the source)",
+    )
+    convert.add_argument(
+        "--self-contained", action="store_true", help="add Python files, so that transformers alone loads the hf folder"
+    )
+    convert.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="N", help="most GB of a file of weights (default: %(default)s)"
+    )
+    convert.add_argument("--replace", action="store_true", help="replace a folder that was made so before")
 
 
 def _add_plan(verbs: Verbs) -> None:

@@ -37,12 +37,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Print a model's layers, parameters, FLOPs and cache size."""
+    """Print a model's layers, parameters, FLOPs and cache size; of one that is there, what it holds and lacks."""
+    found: dict[str, Any] = {}
     path = Path(arguments.what)
-    config = ModelConfig.from_file(path / "config.json") if path.is_dir() else model_size(arguments.what)
+    if path.exists():
+        from openelm.convert.convert import open_source
+        from openelm.convert.describe import described
+
+        with open_source(path) as source:
+            config, found = source.config, described(source, hashes=arguments.hash)
+    else:
+        config = model_size(arguments.what)
     costs = _costs(config)
     if arguments.json:
-        print(json.dumps(costs))
+        print(json.dumps(costs | found))
         return 0
     plan, console = config.plan, Screen()
     counts = f"{costs['parameters']:,} parameters ({costs['non_embedding_parameters']:,} in layers)"
@@ -57,6 +65,9 @@ def inspect(arguments: argparse.Namespace) -> int:
     console.print(f"\ntraining  {costs['training_flops_per_token'] / 1e9:.3f} GFLOP a token at length {length:,}")
     console.print(f"decoding  {costs['decode_flops_per_token'] / 1e9:.3f} GFLOP a token at context {length:,}")
     console.print(f"KV cache  {costs['kv_bytes_per_token']:,} bytes a token at 2 bytes a number")
+    for name, value in found.items():
+        for line in value if isinstance(value, list) else [value]:
+            console.print(f"{name:9} {line:,}" if isinstance(line, int) else f"{name:9} {line}")
     return 0
 
 

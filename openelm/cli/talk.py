@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from openelm.generate.chat import Continuation, Conversation, is_chat_tuned
+from openelm.generate.chat import Continuation, Conversation
 from openelm.generate.engine import Token, prompt_ids
 from openelm.generate.engine import generate as generate_tokens
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.device import choose_device
-from openelm.model.folder import load_model
+from openelm.model.folder import is_chat_tuned, load_model
 from openelm.text.tokenizer import load_tokenizer
 
 _OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "stop", "seed")

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 
-from openelm.errors import CheckpointError, ConfigError
+from openelm.errors import ConfigError
 from openelm.generate.engine import Token, generate, make_cache, prompt_ids
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
 from openelm.text.chat import Message, encode_chat
 from openelm.text.tokenizer import Tokenizer
-
-
-def is_chat_tuned(folder: Path) -> bool:
-    """Read whether a folder's model learned the chat format: `chat_tuned` in generation_config.json.
-
-    Without that key it counts as a base model. A chat template proves nothing: every tokenizer brings one.
-
-    Raises:
-        CheckpointError: the file is there and is not a JSON object.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return False
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise CheckpointError("generation_config.json is not a JSON object", file=path)
-    return values.get("chat_tuned") is True
 
 
 class PrefixCache:

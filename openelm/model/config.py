@@ -18,6 +18,7 @@ from openelm.model.plan import LayerPlan, multipliers, openelm_plan, round_to_mu
 Layers = Annotated[int, Field(ge=1, le=512)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Heads = tuple[Annotated[int, Field(ge=1, le=4_096)], ...]
+_CONFIG_BYTES_MAX = 4 << 20
 Multiplier = Annotated[float, Field(gt=0, le=64)]
 
 
@@ -46,10 +47,13 @@ class ModelConfig(Config):
     activation_fn_name: Literal["swish"] = "swish"
     normalization_layer_name: Literal["rms_norm"] = "rms_norm"
     normalize_qk_projections: Literal[True] = True
-    share_input_output_layers: Literal[True] = True
+    share_input_output_layers: bool = True
+    """Whether the output matrix is the embedding; otherwise it is `lm_head.weight`."""
     rms_norm_eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-6
     rope_freq_constant: Annotated[float, Field(gt=1)] = 10_000
     rope_max_length: Annotated[int, Field(ge=1, le=16_777_216)] = 4096
+    rope_bf16_frequencies: bool = False
+    """Whether rotary frequencies are rounded to bf16, as they were while the published 3B was trained."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     use_cache: bool = True
     bos_token_id: int | None = 1
@@ -105,7 +109,8 @@ class ModelConfig(Config):
 
     @property
     def parameters(self) -> int:
-        return self.plan.parameters(self.vocab_size)
+        untied = 0 if self.share_input_output_layers else self.vocab_size * self.model_dim
+        return self.plan.parameters(self.vocab_size) + untied
 
     @classmethod
     def from_plan(cls, plan: LayerPlan, **fields: Any) -> ModelConfig:
@@ -133,6 +138,8 @@ class ModelConfig(Config):
             CheckpointError: the file is missing, is not a JSON object, or describes no OpenELM.
         """
         try:
+            if path.stat().st_size > _CONFIG_BYTES_MAX:
+                raise ValueError
             values = json.loads(path.read_bytes())
         except OSError as error:
             raise CheckpointError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +16,28 @@ from openelm.errors import CheckpointError
 from openelm.files import MANIFEST, canonical_json, publish_folder, verify_folder, write_atomic
 from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
+from openelm.model.weights import (
+    INDEX,
+    WEIGHTS,
+    LazyTensor,
+    Weights,
+    check_shapes,
+    in_memory,
+    open_weights,
+    weight_files,
+    write_safetensors,
+)
 from openelm.text.tokenizer import Tokenizer
 
-WEIGHTS, ORIGIN = "model.safetensors", "origin.json"
+ORIGIN, GENERATION = "origin.json", "generation_config.json"
+SHARD_BYTES = 5_000_000_000
+"""Most bytes of a file of weights; one tensor may take more."""
+_AUTO_MAP = {
+    "AutoConfig": "configuration_openelm.OpenELMConfig",
+    "AutoModel": "modeling_openelm.OpenELMModel",
+    "AutoModelForCausalLM": "modeling_openelm.OpenELMForCausalLM",
+}
 _METADATA = {"format": "pt"}  # transformers asks for it
-_HEADER_BYTES_MAX = 16 << 20
 
 
 def save_model(
@@ -33,28 +49,82 @@ def save_model(
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
 ) -> None:
-    """Publish a model folder atomically: config, weights in the model's dtype, tokenizer, card, origin, manifest.
+    """Publish the folder of a model in memory; see `save_weights`."""
+    weights = in_memory(model.state_dict())
+    save_weights(folder, model.config, weights, tokenizer=tokenizer, card=card, origin=origin, replace=replace)
+
+
+def save_weights(
+    folder: Path,
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    tokenizer: Tokenizer | None = None,
+    chat_tuned: bool = False,
+    card: str = "",
+    origin: Mapping[str, object] | None = None,
+    code: Mapping[str, bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
+    written: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Publish a model folder atomically: config, weights, tokenizer, card, origin, manifest.
 
     Args:
+        chat_tuned: the model learned the chat format, so the tokenizer gets its template.
         origin: plain data that says where the weights come from, for `origin.json`.
+        code: Python files by name, with which transformers alone loads the folder; config.json then names them.
+        shard_bytes: weights that take more are cut into several files, with an index.
+        written: is told of every few bytes of weights on their way to the disk.
 
     Raises:
         CheckpointError: the folder exists and `replace` is false.
         DiskError: it cannot be written; nothing is left under its name.
     """
-    config = model.config
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    generation: dict[str, object] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if chat_tuned:
+        generation["chat_tuned"] = True
     with publish_folder(folder, replace=replace) as temporary:
-        write_tensors(temporary / WEIGHTS, model.state_dict())
-        write_json(temporary / "config.json", {**config.model_dump(mode="json"), "torch_dtype": dtype})
-        write_json(temporary / "generation_config.json", generation)
+        _write_weights(temporary, weights, shard_bytes, written)
+        described = {
+            **config.model_dump(mode="json"),
+            "torch_dtype": dtype,
+            **({"auto_map": _AUTO_MAP} if code else {}),
+        }
+        write_json(temporary / "config.json", described)
+        write_json(temporary / GENERATION, generation)
         if tokenizer is not None:
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, chat_template=chat_tuned)
         if card:
             write_atomic(temporary / "README.md", card.encode())
         if origin is not None:
             write_json(temporary / ORIGIN, origin)
+        for name, data in (code or {}).items():
+            write_atomic(temporary / name, data)
+
+
+def _write_weights(folder: Path, weights: Weights, shard_bytes: int, written: Callable[[int], None]) -> None:
+    """Write one file, or several and the index that says which tensor is where."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    held = 0
+    for name, tensor in weights.items():
+        if held and held + tensor.bytes > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.bytes
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, shards[0], _METADATA, written)
+        return
+    stem, suffix = WEIGHTS.split(".")
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
+        write_safetensors(folder / name, shard, _METADATA, written)
+        index |= dict.fromkeys(shard, name)
+    total = sum(tensor.bytes for tensor in weights.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -87,14 +157,35 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
             "no such model folder", file=folder, fix="give a folder with config.json and model.safetensors"
         )
     if (folder / MANIFEST).exists():
-        verify_folder(folder, names=("config.json", WEIGHTS))
+        verify_folder(folder, names=("config.json", *weight_files(folder)))
     config = ModelConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         model = OpenELM(config)
-    check_header(folder / WEIGHTS, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    weights = read_tensors(folder / WEIGHTS)
-    model.load_state_dict(weights, assign=True)
+    found = open_weights(folder)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_shapes(found, expected, folder / weight_files(folder)[0])
+    model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
     return model.to(device=device, dtype=dtype).requires_grad_(True)
+
+
+def is_chat_tuned(folder: Path) -> bool:
+    """Read whether a folder's model learned the chat format: `chat_tuned` in generation_config.json.
+
+    Without that key it counts as a base model. A chat template proves nothing: many folders have one for no reason.
+
+    Raises:
+        CheckpointError: the file is there and is not a JSON object.
+    """
+    path = folder / GENERATION
+    if not path.exists():
+        return False
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError("generation_config.json is not a JSON object", file=path)
+    return values.get("chat_tuned") is True
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -107,39 +198,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError):
         raise CheckpointError("missing, truncated or not a safetensors file", file=path) from None
-
-
-def check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a safetensors header with the expected names and shapes before anything is allocated.
-
-    Raises:
-        CheckpointError: lists the first missing, unexpected and misshapen tensors.
-    """
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > _HEADER_BYTES_MAX:
-                raise ValueError
-            header = json.loads(file.read(size))
-        dtypes = {str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
-        found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except OSError as error:
-        raise CheckpointError(f"cannot read the weights: {error.strerror}", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
-        raise CheckpointError("damaged, or not a safetensors file", file=path, offset=0) from None
-    problems = [
-        *(f"dtype {dtype} cannot be computed with" for dtype in sorted(dtypes - {"F16", "BF16", "F32", "F64"})),
-        *(f"missing {name}" for name in sorted(expected.keys() - found.keys())),
-        *(f"unexpected {name}" for name in sorted(found.keys() - expected.keys())),
-        *(
-            f"{name} has shape {found[name]}, the config asks for {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError("; ".join(problems[:5]) + more, file=path, fix="the weights are of another model")
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

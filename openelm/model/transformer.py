@@ -205,7 +205,7 @@ class Transformer(nn.Module):
 
 
 class OpenELM(nn.Module):
-    """A decoder-only language model with layer-wise scaled widths and a tied head (arXiv 2404.14619).
+    """A decoder-only language model with layer-wise scaled widths (arXiv 2404.14619).
 
     Weights are undefined until `initialise` or `load_state_dict` fills them.
     """
@@ -214,7 +214,10 @@ class OpenELM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.rotary = RotaryTable(config.head_dim, config.rope_freq_constant)
+        self.lm_head = None if config.share_input_output_layers else Linear(config.model_dim, config.vocab_size)
+        self.rotary = RotaryTable(
+            config.head_dim, config.rope_freq_constant, bf16_frequencies=config.rope_bf16_frequencies
+        )
         self.recompute: Recompute | tuple[Recompute, ...] = "none"
         """For all layers alike, or for each of them."""
         self.compiles = False
@@ -222,8 +225,8 @@ class OpenELM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix (V, D): the embedding itself."""
-        return self.transformer.token_embeddings.weight
+        """The output matrix (V, D): the embedding itself, unless the config says otherwise."""
+        return self.transformer.token_embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def layer_matrices(self) -> dict[str, int]:
         """Name the matrices of the layers, each with how many of equal size it holds, one below the other.
@@ -295,7 +298,7 @@ class OpenELM(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Multiply states (..., D) by the tied head; returns (..., V)."""
+        """Multiply states (..., D) by the output matrix; returns (..., V)."""
         return linear(hidden, self.head_weight)
 
     @torch.no_grad()

@@ -13,9 +13,10 @@ from torch import Tensor
 from openelm.errors import VerificationError
 from openelm.files import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
-from openelm.model.folder import ORIGIN, WEIGHTS, load_model, weights_sha256
+from openelm.model.folder import ORIGIN, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
+from openelm.model.weights import weight_files
 from openelm.optim.optimizer import Optimizer
 from openelm.release.card import contradicts
 from openelm.release.findings import Findings
@@ -231,7 +232,7 @@ def _unrecorded(publication: Publication, step: int, manifest: str, state: Saved
 
 def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
     folder = plain(publication.folder / "model")
-    verify_folder(folder, names=("config.json", WEIGHTS, ORIGIN))
+    verify_folder(folder, names=("config.json", *weight_files(folder), ORIGIN))
     _name_extras(folder, findings)
     model = load_model(folder)
     found = _plain(model.config.model_dump(mode="json"))
@@ -249,7 +250,7 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
         findings.skip("published weights", f"they are said to be a mean, and step {gone[0]} is not there any more")
         findings.weaken("published weights not compared")
         return "whole; its weights were not compared"
-    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / WEIGHTS)
+    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder)
     return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
 
 

@@ -68,7 +68,6 @@ class Tokenizer(ABC):
     """
 
     file_name: ClassVar[str]
-    hf_class: ClassVar[str]
 
     def __init__(
         self,
@@ -174,17 +173,22 @@ class Tokenizer(ABC):
         """Return the UTF-8 bytes each id stands for, (vocab_size,) int32; 0 for control ids."""
         return np.array([len(piece) for piece in self._table], dtype=np.int32)
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer file, `tokenizer_config.json` and `chat_template.jinja` for Hugging Face.
+    def save(self, folder: Path, *, chat_template: bool = False) -> None:
+        """Write the tokenizer file and `tokenizer_config.json` for Hugging Face.
+
+        Args:
+            chat_template: write `chat_template.jinja` too, for a model that learned the chat format.
 
         Raises:
             DiskError: the folder cannot be written.
         """
         make_folder(folder)
-        config = {"tokenizer_class": self.hf_class, **self._hf_config(), "chat_template": CHAT_TEMPLATE}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._hf_config()}
+        if chat_template:
+            config["chat_template"] = CHAT_TEMPLATE
+            write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
         write_atomic(folder / self.file_name, self.file_bytes)
         write_atomic(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-        write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
 
     def _hf_config(self) -> dict[str, Any]:
         return {

@@ -46,7 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
         DataError: (E_TOKENIZER) not such a file, or one that loses text.
     """
 
-    file_name, hf_class = "tokenizer.json", "PreTrainedTokenizerFast"
+    file_name = "tokenizer.json"
 
     def __init__(self, data: bytes, *, names: Mapping[str, Any] | None = None, file: Path | None = None) -> None:
         try:
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
 class ByteTokenizer(Tokenizer):
     """256 bytes, then BOS 256 and EOS 257; saved as a `tokenizer.json` that gives the same ids."""
 
-    file_name, hf_class = "tokenizer.json", "PreTrainedTokenizerFast"
+    file_name = "tokenizer.json"
 
     def __init__(self) -> None:
         table = [*(bytes([byte]) for byte in range(256)), b"", b""]

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, set_min_log_level
 
+from openelm.files import write_atomic
 from openelm.text.base import SPACE_MARK, Tokenizer, refuse
+from openelm.text.spm_json import tokenizer_json
 from openelm.text.units import UnitEncoder, has_units
 
 # Of sentencepiece_model.proto: fields of ModelProto, which stand after the pieces; of TrainerSpec; and a model type.
@@ -31,7 +33,7 @@ class SentencePieceTokenizer(Tokenizer):
         DataError: (E_TOKENIZER) not a whole SentencePiece model, or one that loses text.
     """
 
-    file_name, hf_class = "tokenizer.model", "LlamaTokenizer"
+    file_name = "tokenizer.model"
 
     def __init__(self, data: bytes, *, file: Path | None = None) -> None:
         damaged = refuse("not a whole SentencePiece model", fix="copy the file again, or train a tokenizer", file=file)
@@ -87,9 +89,13 @@ class SentencePieceTokenizer(Tokenizer):
         return {
             **super()._hf_config(),
             "unk_token": self._token_text(self._processor.unk_id()),
-            "add_prefix_space": self._leading_space,
-            "legacy": True,  # a space before each text between control ids, as in `encode_chat`
         }
+
+    def save(self, folder: Path, *, chat_template: bool = False) -> None:
+        """Write the `.model` file, the same as a `tokenizer.json`, and what `Tokenizer.save` writes."""
+        super().save(folder, chat_template=chat_template)
+        description = tokenizer_json(self._processor, leading_space=self._leading_space)
+        write_atomic(folder / "tokenizer.json", description)
 
 
 def _piece_bytes(processor: SentencePieceProcessor, token_id: int) -> bytes:

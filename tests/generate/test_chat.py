@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
-from openelm.errors import CheckpointError, ConfigError
-from openelm.generate.chat import Continuation, Conversation, PrefixCache, is_chat_tuned
+from openelm.errors import ConfigError
+from openelm.generate.chat import Continuation, Conversation, PrefixCache
 from openelm.generate.engine import Token, generate, prompt_ids
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
@@ -95,14 +93,3 @@ def test_a_continuation_of_a_long_text_keeps_its_end(model: OpenELM, tokenizer: 
     kept = [tokenizer.bos_id or 0, *ids[-(longest - 1) :]]
     fresh = [token.id for token in generate(model, tokenizer, kept, CONFIG)]
     assert [token.id for token in Continuation(model, tokenizer, CONFIG).reply(text)] == fresh
-
-
-def test_a_folder_says_whether_its_model_is_chat_tuned(tmp_path: Path) -> None:
-    path = tmp_path / "generation_config.json"
-    assert not is_chat_tuned(tmp_path)
-    for values, expected in (({}, False), ({"chat_tuned": False}, False), ({"chat_tuned": True}, True)):
-        path.write_text(json.dumps({"bos_token_id": 1, **values}))
-        assert is_chat_tuned(tmp_path) is expected
-    path.write_text("[]")
-    with pytest.raises(CheckpointError):
-        is_chat_tuned(tmp_path)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from openelm.errors import CheckpointError, DiskError
 from openelm.files import MANIFEST, manifest_bytes, verify_folder
-from openelm.model.folder import WEIGHTS, check_header, load_model, read_tensors, save_model, weights_sha256
+from openelm.model.folder import is_chat_tuned, load_model, read_tensors, save_model, weights_sha256
 from openelm.model.transformer import OpenELM
+from openelm.model.weights import WEIGHTS, open_safetensors
 from openelm.text.tokenizer import ByteTokenizer, load_tokenizer
 
 MakeModel = Callable[..., OpenELM]
@@ -308,12 +309,16 @@ def test_weights_of_a_dtype_that_cannot_be_computed_with_are_refused(foreign: Pa
 
 
 def test_a_header_is_checked_without_reading_the_weights(foreign: Path) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(foreign).items()}
     data = (foreign / WEIGHTS).read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
-    (foreign / WEIGHTS).write_bytes(data[: 8 + size])
-    check_header(foreign / WEIGHTS, shapes)
-    refusal(foreign, WEIGHTS)
+    with (foreign / WEIGHTS).open("wb") as file:  # as long as it was, and nothing in it
+        file.write(data[: 8 + size])
+        file.truncate(len(data))
+    found = open_safetensors(foreign / WEIGHTS)
+    assert not found[QKV].read().any()
+    (foreign / WEIGHTS).write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="the header describes"):
+        open_safetensors(foreign / WEIGHTS)
 
 
 def test_a_link_in_a_published_folder_is_refused(folder: Path) -> None:
@@ -328,7 +333,7 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
     before = verify_folder(folder)
     tokenizer = ByteTokenizer()
 
-    def fail(_: Path) -> None:
+    def fail(_: Path, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tokenizer, "save", fail)
@@ -349,3 +354,14 @@ def test_a_disk_that_fills_up_under_the_weights_is_a_disk_error(tmp_path: Path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_says_whether_its_model_is_chat_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    assert not is_chat_tuned(tmp_path)
+    for values, expected in (({}, False), ({"chat_tuned": False}, False), ({"chat_tuned": True}, True)):
+        path.write_text(json.dumps({"bos_token_id": 1, **values}))
+        assert is_chat_tuned(tmp_path) is expected
+    path.write_text("[]")
+    with pytest.raises(CheckpointError):
+        is_chat_tuned(tmp_path)

@@ -119,7 +119,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"activation_fn_name": "gelu"},
     {"normalization_layer_name": "layer_norm"},
     {"normalize_qk_projections": False},
-    {"share_input_output_layers": False},
+    {"share_input_output_layers": "perhaps"},
     {"rms_norm_eps": float("nan")},
     {"rms_norm_eps": 0},
     {"rope_freq_constant": float("inf")},

@@ -1,0 +1,84 @@
+"""Models of every published size's widths with few layers, and of widths that follow no rule; random, well scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from openelm.model.config import ModelConfig
+from openelm.model.folder import save_model
+from openelm.model.sizes import model_size
+from openelm.model.transformer import OpenELM
+from openelm.text.tokenizer import Tokenizer, train_tokenizer
+
+ODD = {
+    "vocab_size": 300,
+    "max_context_length": 64,
+    "rope_max_length": 256,
+    "num_transformer_layers": 3,
+    "model_dim": 64,
+    "head_dim": 16,
+    "num_query_heads": [2, 6, 3],
+    "num_kv_heads": [1, 2, 3],
+    "ffn_multipliers": [0.5, 1.5, 2.5],
+    "ffn_dim_divisor": 32,
+}
+PUBLISHED = ("270m", "450m", "1.1b", "3b")
+
+Publish = Callable[..., Path]
+
+
+def odd_config(**fields: object) -> ModelConfig:
+    return ModelConfig.parse({**ODD, **fields})
+
+
+def shallow(size: str, **fields: object) -> ModelConfig:
+    """A published size with three of its layers, from the first half so that they are not too wide for a test."""
+    config = model_size(size)
+    plan = config.plan
+    chosen = (0, plan.layers // 5, plan.layers // 3)
+
+    def some(row: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(row[layer] for layer in chosen)
+
+    few = replace(plan, query_heads=some(plan.query_heads), kv_heads=some(plan.kv_heads), ffn_dims=some(plan.ffn_dims))
+    return ModelConfig.from_plan(few, **{"vocab_size": 384, **fields})
+
+
+def randomised(config: ModelConfig, seed: int = 0) -> OpenELM:
+    """Weights with which every part of the model matters: norms between 0.3 and 1.7, matrices by their width."""
+    generator = torch.Generator().manual_seed(seed)
+    model = OpenELM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.3, 1.7, generator=generator)
+            else:
+                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A SentencePiece model of 300 ids."""
+    text = "the quick brown fox jumps over the lazy dog; a model talks, and nobody listens to what it says. " * 40
+    return train_tokenizer([text], 300)
+
+
+@pytest.fixture
+def publish(tmp_path: Path, tokenizer: Tokenizer) -> Publish:
+    """Return what publishes a model folder: `publish(config, dtype=…, name=…)`."""
+
+    def publish(
+        config: ModelConfig | None = None, *, dtype: torch.dtype = torch.float32, name: str = "model", seed: int = 0
+    ) -> Path:
+        config = config or odd_config()
+        attached = tokenizer if config.vocab_size >= tokenizer.vocab_size else None
+        save_model(tmp_path / name, randomised(config, seed).to(dtype), tokenizer=attached)
+        return tmp_path / name
+
+    return publish

@@ -1,0 +1,152 @@
+"""Hugging Face transformers loads our folders, with openelm imported and without it, and computes the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openelm.convert.convert import Options, open_source, write
+from openelm.model.folder import load_model, weights_sha256
+
+from .conftest import PUBLISHED, Publish, odd_config, shallow
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("default")
+
+TOKENS = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def ours(folder: Path, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load_model(folder)(tokens)
+
+
+@pytest.mark.parametrize("size", ["odd", "untied", "rounded", *PUBLISHED])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_are_ours(publish: Publish, size: str, attention: str) -> None:
+    odd = {"odd": {}, "untied": {"share_input_output_layers": False}, "rounded": {"rope_bf16_frequencies": True}}
+    folder = publish(odd_config(**odd[size]) if size in odd else shallow(size))
+    with torch.no_grad():
+        theirs = loaded(folder, attn_implementation=attention)(TOKENS).logits
+    assert (theirs - ours(folder, TOKENS)).abs().max() < 1e-4
+
+
+def test_saving_and_loading_changes_nothing(publish: Publish, tmp_path: Path) -> None:
+    folder = publish()
+    loaded(folder).save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert weights_sha256(again.state_dict()) == weights_sha256(load_model(folder).state_dict())
+    assert again.config == load_model(folder).config
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_with_a_cache_is_generation_without(publish: Publish, cache: str) -> None:
+    model = loaded(publish())
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    kept = model.generate(TOKENS[:, :9], cache_implementation=cache, disable_compile=True, **options)
+    plain = model.generate(TOKENS[:, :9], use_cache=False, **options)
+    assert torch.equal(kept, plain)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_row(publish: Publish, side: str) -> None:
+    model = loaded(publish())
+    rows = [TOKENS[0, :5], TOKENS[1, :12]]
+    padded, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(12 - len(row), 12) if side == "left" else slice(0, len(row))
+        padded[number, place], mask[number, place] = row, 1
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask).logits
+        for number, row in enumerate(rows):
+            alone = model(row[None]).logits[0]
+            assert (logits[number][mask[number].bool()] - alone).abs().max() < 1e-4
+    if side == "left":
+        options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        together = model.generate(padded, attention_mask=mask, **options)
+        for number, row in enumerate(rows):
+            assert torch.equal(together[number, 12:], model.generate(row[None], **options)[0, len(row) :])
+
+
+def test_gradients_are_ours_and_checkpointing_changes_none(publish: Publish) -> None:
+    folder = publish()
+    mine, found = load_model(folder), []
+    logits = mine(TOKENS).flatten(0, 1)
+    torch.nn.functional.cross_entropy(mine(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    assert logits.requires_grad
+    for checkpointing in (False, True):
+        model = loaded(folder).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, parameter in mine.named_parameters():
+        assert parameter.grad is not None
+        assert (found[0][name] - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max() + 1e-7
+        assert torch.equal(found[0][name], found[1][name])
+
+
+def test_hidden_states_and_attentions_can_be_asked_for(publish: Publish) -> None:
+    model = loaded(publish(), attn_implementation="eager")
+    output = model(TOKENS, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 4 and [a.shape[1] for a in output.attentions] == [2, 6, 3]
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+ALONE = """
+import sys
+sys.modules["openelm"] = None  # as if it were not installed
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save([model(torch.load(sys.argv[2])).logits, tokenizer("The fox talks.").input_ids], sys.argv[3])
+"""
+
+
+def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    with open_source(publish()) as source:
+        write(source, folder, Options(to="hf", self_contained=True))
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={"HF_HOME": str(tmp_path), "PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits, ids = torch.load(tmp_path / "out.pt")
+    assert (logits - ours(folder, TOKENS)).abs().max() < 1e-4
+    with open_source(folder) as source:
+        assert source.tokenizer is not None
+        assert ids == [source.tokenizer.bos_id, *source.tokenizer.encode("The fox talks.")]
+
+
+def test_the_tokenizer_of_transformers_gives_our_ids(publish: Publish) -> None:
+    folder = publish()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    with open_source(folder) as source:
+        assert source.tokenizer is not None
+        for text in ("The quick brown fox", "  two  spaces\n\nand lines ", "naïve 🦊 12345", "", "a"):
+            ids = theirs(text).input_ids
+            assert ids == [source.tokenizer.bos_id, *source.tokenizer.encode(text)]
+            assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("first", ["openelm", "transformers"])
+def test_importing_registers_the_model_in_any_order(publish: Publish, first: str) -> None:
+    second = {"openelm": "transformers", "transformers": "openelm"}[first]
+    code = f"import {first}, {second}, sys; c = transformers.AutoConfig.from_pretrained(sys.argv[1]); "
+    code += "print(type(transformers.AutoModelForCausalLM.from_config(c)).__module__)"
+    command = [sys.executable, "-c", code, str(publish())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
