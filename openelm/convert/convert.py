@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from openelm.convert.gguf import open_gguf, write_gguf
 from openelm.convert.hf import open_hf
 from openelm.convert.mlx import APPLE_WEIGHTS, open_apple_mlx
 from openelm.convert.onnx import write_onnx
+from openelm.convert.quantized import BITS, GROUP, packed
 from openelm.convert.source import EMBEDDING, HEAD, Source
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files import publish_folder, write_atomic
 from openelm.model.folder import SHARD_BYTES, save_weights, write_json
-from openelm.model.weights import LazyTensor
+from openelm.model.weights import LazyTensor, Weights
 from openelm.text.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,25 +152,44 @@ def write(source: Source, out: Path, options: Options, written: Callable[[int], 
 def _write_hf(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
     if options.quantize is not None:
         raise ConfigError("Hugging Face folders hold plain numbers", fix="quantise for --to mlx or --to gguf")
+    _write_folder(source, source.weights, out, options, written)
+
+
+def _write_mlx(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
+    """The folder that mlx-lm reads is the one that Hugging Face reads, but for quantised matrices."""
+    if source.config.rope_bf16_frequencies:
+        raise ConfigError("mlx-lm rounds no rotary frequencies to bf16", fix="set rope_bf16_frequencies to false")
+    if options.quantize is None:
+        return _write_folder(source, source.weights, out, options, written)
+    if options.quantize not in map(str, BITS):
+        bits = ", ".join(map(str, BITS))
+        raise ConfigError(f"MLX numbers of {options.quantize} bits cannot be written", fix=f"bits: {bits}")
+    quantization = {"group_size": GROUP, "bits": int(options.quantize)}
+    weights = packed(source.weights, quantization["bits"])
+    return _write_folder(source, weights, out, options, written, quantization)
+
+
+def _write_folder(
+    source: Source,
+    weights: Weights,
+    out: Path,
+    options: Options,
+    written: Callable[[int], None],
+    quantization: Mapping[str, int] | None = None,
+) -> None:
     save_weights(
         out,
         source.config,
-        source.weights,
+        weights,
         tokenizer=source.tokenizer,
         chat_tuned=source.chat_tuned,
         card=card(source),
         code=modelling_files() if options.self_contained else None,
+        quantization=quantization,
         shard_bytes=options.shard_bytes,
         replace=options.replace,
         written=written,
     )
-
-
-def _write_mlx(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
-    """The folder that mlx-lm reads is the one that Hugging Face reads; packing is left to mlx-lm."""
-    if source.config.rope_bf16_frequencies:
-        raise ConfigError("mlx-lm rounds no rotary frequencies to bf16", fix="set rope_bf16_frequencies to false")
-    _write_hf(source, out, replace(options, quantize=None), written)
 
 
 def _write_gguf(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:

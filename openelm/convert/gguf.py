@@ -161,13 +161,15 @@ def write_gguf(
         kind: of the matrices, one of `KINDS`; None keeps their dtype. Norms are fp32.
 
     Raises:
-        ConfigError: no such kind, rows that it cannot have, rotary frequencies that llama.cpp does not have, or a
+        ConfigError: no such kind, rotary frequencies that llama.cpp does not have, an output matrix of its own, or a
             tokenizer that is no SentencePiece model.
     """
     gguf = needed("gguf", extra="gguf")
     config = source.config
     if config.rope_bf16_frequencies:
         raise ConfigError("llama.cpp rounds no rotary frequencies to bf16", fix="set rope_bf16_frequencies to false")
+    if not config.share_input_output_layers:
+        raise ConfigError("llama.cpp's OpenELM has no output matrix of its own", fix="convert to hf, mlx or onnx")
     name = kind or _KIND_OF[source.weights[EMBEDDING].dtype]
     if name not in KINDS:
         raise ConfigError(f"no kind of GGUF matrices is called {name!r}", fix=f"kinds: {', '.join(KINDS)}")
@@ -203,13 +205,12 @@ class _Part:
 def _parts(name: str, tensor: LazyTensor, matrices: Any) -> list[_Part]:
     """Cut a tensor into those that GGUF has; what is read is read again for the second half."""
     gguf = needed("gguf", extra="gguf")
-    kind = matrices if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
     names = gguf_names(name)
     shape = (tensor.shape[0] // len(names), *tensor.shape[1:])
-    try:
-        packed = gguf.quant_shape_to_byte_shape(shape, kind)
-    except gguf.QuantError as error:
-        raise ConfigError(f"{name}: {error}", fix="choose f32, f16 or bf16") from None
+    kind = matrices if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
+    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType.F16  # rows that are no whole number of blocks, as llama.cpp leaves them
+    packed = gguf.quant_shape_to_byte_shape(shape, kind)
 
     def reader(index: int) -> Callable[[], NDArray[np.uint8]]:
         def read() -> NDArray[np.uint8]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from openelm.convert.quantized import unpacked
 from openelm.convert.source import Source
 from openelm.model.config import ModelConfig
 from openelm.model.folder import is_chat_tuned
@@ -18,11 +20,14 @@ def open_hf(folder: Path) -> Source:
     Raises:
         CheckpointError: a file is missing or damaged, or the tensors are not those that the config asks for.
     """
-    config = ModelConfig.from_file(folder / "config.json")
-    weights = open_weights(folder)
-    return Source(
-        folder, "hf", config, weights, tokenizer_of(folder), is_chat_tuned(folder), _differences(config)
-    ).checked()
+    path = folder / "config.json"
+    config, quantization = ModelConfig.from_file(path), json.loads(path.read_bytes()).get("quantization")
+    weights, notes = open_weights(folder, packed=quantization is not None), _differences(config)
+    if quantization is not None:
+        weights, unpacking = unpacked(weights, quantization, path)
+        notes += unpacking
+    tokenizer = tokenizer_of(folder)
+    return Source(folder, "hf", config, weights, tokenizer, is_chat_tuned(folder), notes).checked()
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -64,6 +64,7 @@ def save_weights(
     card: str = "",
     origin: Mapping[str, object] | None = None,
     code: Mapping[str, bytes] | None = None,
+    quantization: Mapping[str, int] | None = None,
     shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
     written: Callable[[int], None] = lambda count: None,
@@ -74,6 +75,7 @@ def save_weights(
         chat_tuned: the model learned the chat format, so the tokenizer gets its template.
         origin: plain data that says where the weights come from, for `origin.json`.
         code: Python files by name, with which transformers alone loads the folder; config.json then names them.
+        quantization: how matrices are packed, for config.json under the name that mlx-lm gives it.
         shard_bytes: weights that take more are cut into several files, with an index.
         written: is told of every few bytes of weights on their way to the disk.
 
@@ -81,17 +83,17 @@ def save_weights(
         CheckpointError: the folder exists and `replace` is false.
         DiskError: it cannot be written; nothing is left under its name.
     """
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = next(str(tensor.dtype) for tensor in weights.values() if tensor.dtype.is_floating_point)
+    described = {**config.model_dump(mode="json"), "torch_dtype": dtype.removeprefix("torch.")}
+    if code:
+        described["auto_map"] = _AUTO_MAP
+    if quantization:
+        described["quantization"] = dict(quantization)
     generation: dict[str, object] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     if chat_tuned:
         generation["chat_tuned"] = True
     with publish_folder(folder, replace=replace) as temporary:
         _write_weights(temporary, weights, shard_bytes, written)
-        described = {
-            **config.model_dump(mode="json"),
-            "torch_dtype": dtype,
-            **({"auto_map": _AUTO_MAP} if code else {}),
-        }
         write_json(temporary / "config.json", described)
         write_json(temporary / GENERATION, generation)
         if tokenizer is not None:

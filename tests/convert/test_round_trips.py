@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,9 @@ def test_what_a_runtime_cannot_compute_is_refused(publish: Publish, tmp_path: Pa
     for to in ("gguf", "mlx"):
         with pytest.raises(ConfigError, match="rounds no rotary frequencies"):
             converted(rounded, tmp_path / "there", to)
+    untied = publish(odd_config(share_input_output_layers=False), name="untied")
+    with pytest.raises(ConfigError, match="no output matrix of its own"):
+        converted(untied, tmp_path / "there", "gguf")
     assert not (tmp_path / "there").exists()
 
 
@@ -142,3 +146,23 @@ def test_a_tensor_too_few_or_too_many_stops_a_conversion(publish: Publish, tmp_p
         with pytest.raises(CheckpointError, match=r"proj_[23]|layers\.3|layer"):
             converted(source, tmp_path / "there", "hf")
     assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("bits", [None, "4"])
+def test_apples_mlx_folder_is_read(publish: Publish, tmp_path: Path, bits: str | None) -> None:
+    """Names without their prefix, another file name, and a config of three fields."""
+    if bits is not None:
+        pytest.importorskip("mlx.core")
+    config = shallow("270m")
+    ours = converted(publish(config, dtype=torch.float16), tmp_path / "ours", "mlx", quantize=bits)
+    apple = tmp_path / "apple"
+    apple.mkdir()
+    tensors = {name: tensor.read() for name, tensor in open_weights(ours, packed=True).items()}
+    save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, apple / "weights.safetensors")
+    settings: dict[str, object] = {"model_name": "OpenELM", "vocab_size": 384, "max_context_length": 1024}
+    if bits is not None:
+        settings["quantization"] = {"group_size": 64, "bits": int(bits)}
+    (apple / "config.json").write_text(json.dumps(settings))
+    back = load_model(converted(apple, tmp_path / "back", "hf"))
+    assert digest(tmp_path / "back") == digest(converted(ours, tmp_path / "plain", "hf"))
+    assert (back.config.plan, back.config.max_context_length) == (config.plan, 1024)
