@@ -141,12 +141,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def publish_folder(
+    target: Path, *, replace: bool = False, known: Mapping[str, FileFacts] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` atomically, with a manifest, when the block ends well.
 
     Args:
         target: the final folder; its parents are created.
         replace: an existing `target` that this function published is removed after the new one is complete.
+        known: of files by name, what was learned of them while they were written, so that they are not read again.
 
     Raises:
         CheckpointError: `target` exists, and `replace` is false or it is not a published folder.
@@ -162,7 +165,7 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            write_manifest(temporary)
+            write_manifest(temporary, known)
             for file in temporary.iterdir():
                 sync_file(file)
             _sync_folder(temporary)
@@ -213,13 +216,14 @@ def remove_leftovers(folder: Path) -> None:
         os.rename(path, target) if not target.exists() else shutil.rmtree(path)
 
 
-def write_manifest(folder: Path) -> str:
-    """Write `manifest.json` for a flat folder; returns its own hash.
+def write_manifest(folder: Path, known: Mapping[str, FileFacts] | None = None) -> str:
+    """Write `manifest.json` for a flat folder; returns its own hash. For `known` see `publish_folder`.
 
     It holds the size, SHA-256 and pieces' checksums of every file, and a checksum of all that, so that damage to the
     manifest is not taken for damage to a file.
     """
-    files = {file.name: _facts(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST and file.is_file()}
+    names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST and file.is_file())
+    files = {name: ((known or {}).get(name) or _facts(folder / name)).to_json() for name in names}
     data = manifest_bytes(files)
     write_atomic(folder / MANIFEST, data)
     return sha256_bytes(data)
@@ -235,14 +239,50 @@ def piece_bytes(size: int) -> int:
     return max(_LEAST_PIECE_BYTES, 1 << (-(-size // _MOST_PIECES) - 1).bit_length())
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Read a file once: SHA-256 decides whether it is damaged, the pieces' checksums only say where."""
-    size, digest, pieces = path.stat().st_size, hashlib.sha256(), []
+class FileFacts:
+    """What a manifest says of a file: SHA-256 decides whether it is damaged, the pieces' checksums only say where.
+
+    Args:
+        size: of the whole file, which decides how long the pieces are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self._seen = size, 0
+        self._digest, self._pieces, self._piece = hashlib.sha256(), list[str](), 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the file, as many as you like."""
+        self.digest(data)
+        self.check(data)
+
+    def digest(self, data: bytes | memoryview) -> None:
+        """Do the first half of `update`, which another thread may do while one does the second."""
+        self._digest.update(data)
+
+    def check(self, data: bytes | memoryview) -> None:
+        """Do the second half of `update`."""
+        data, length = memoryview(data), piece_bytes(self.size)
+        while data:
+            part = data[: length - self._seen % length]
+            self._piece = zlib.crc32(part, self._piece)
+            self._seen += len(part)
+            if self._seen % length == 0 or self._seen == self.size:
+                self._pieces.append(f"{self._piece:08x}")
+                self._piece = 0
+            data = data[len(part) :]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest's entry."""
+        assert self._seen == self.size
+        return {"bytes": self.size, "sha256": self._digest.hexdigest(), "crc32": "".join(self._pieces)}
+
+
+def _facts(path: Path) -> FileFacts:
+    facts = FileFacts(path.stat().st_size)
     with path.open("rb") as file:
-        while data := file.read(piece_bytes(size)):
-            digest.update(data)
-            pieces.append(_crc32(data))
-    return {"bytes": size, "sha256": digest.hexdigest(), "crc32": "".join(pieces)}
+        while data := file.read(_READ_BYTES):
+            facts.update(data)
+    return facts
 
 
 def _crc32(data: bytes) -> str:

@@ -13,8 +13,10 @@ from openelm.cli.screen import Screen, WorkBar
 def convert(arguments: argparse.Namespace) -> int:
     """Open a model, change what was asked for, write it, and say what was done."""
     from openelm.convert.convert import Options, open_source, prepared, write
+    from openelm.model.device import reuse_freed_memory
     from openelm.text.tokenizer import load_tokenizer
 
+    reuse_freed_memory()  # one tensor after the other in the same pages
     console, out = Screen(), Path(arguments.out)
     options = Options(
         to=arguments.to,

@@ -21,6 +21,14 @@ def _round_to_multiple(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+_FIXED = {
+    "ffn_with_glu": True,
+    "activation_fn_name": "swish",
+    "normalization_layer_name": "rms_norm",
+    "normalize_qk_projections": True,
+}
+
+
 class OpenELMConfig(PreTrainedConfig):
     """Describe an OpenELM: every layer has its own number of heads and its own feed-forward width.
 
@@ -53,10 +61,6 @@ class OpenELMConfig(PreTrainedConfig):
         num_gqa_groups: int = 4,
         ffn_multipliers: Sequence[float] = (0.5, 4.0),
         ffn_dim_divisor: int = 256,
-        ffn_with_glu: bool = True,
-        activation_fn_name: str = "swish",
-        normalization_layer_name: str = "rms_norm",
-        normalize_qk_projections: bool = True,
         share_input_output_layers: bool = True,
         rms_norm_eps: float = 1e-6,
         rope_freq_constant: float = 10000,
@@ -69,32 +73,18 @@ class OpenELMConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        fixed = {
-            "ffn_with_glu": (ffn_with_glu, True),
-            "activation_fn_name": (activation_fn_name, "swish"),
-            "normalization_layer_name": (normalization_layer_name, "rms_norm"),
-            "normalize_qk_projections": (normalize_qk_projections, True),
-        }
-        for name, (given, only) in fixed.items():
-            if given != only:
-                raise ValueError(
-                    f"{name} is {given!r}, but every published OpenELM has {only!r}, and only that is here"
-                )
+        for name, only in _FIXED.items():
+            if (given := kwargs.pop(name, only)) != only:
+                raise ValueError(f"{name} is {given!r}; every published OpenELM has {only!r}, and only that is here")
             setattr(self, name, only)
         layers = num_transformer_layers
         self.vocab_size, self.max_context_length = vocab_size, max_context_length
         self.num_transformer_layers, self.model_dim, self.head_dim = layers, model_dim, head_dim
         self.qkv_multipliers, self.num_gqa_groups = list(qkv_multipliers), num_gqa_groups
-        if not num_query_heads:
-            widths = (
-                _round_to_multiple(model_dim * m, head_dim * num_gqa_groups)
-                for m in _multipliers(qkv_multipliers, layers)
-            )
-            num_query_heads = [width // head_dim for width in widths]
-        self.num_query_heads = list(num_query_heads)
-        self.num_kv_heads = (
-            list(num_kv_heads) if num_kv_heads else [heads // num_gqa_groups for heads in num_query_heads]
-        )
+        widths = [model_dim * multiplier for multiplier in _multipliers(qkv_multipliers, layers)]
+        heads = [_round_to_multiple(width, head_dim * num_gqa_groups) // head_dim for width in widths]
+        self.num_query_heads = list(num_query_heads or heads)
+        self.num_kv_heads = list(num_kv_heads or [heads // num_gqa_groups for heads in self.num_query_heads])
         spread = len(ffn_multipliers) == 2 and layers != 2
         self.ffn_multipliers = _multipliers(ffn_multipliers, layers) if spread else list(ffn_multipliers)
         self.ffn_dim_divisor = ffn_dim_divisor

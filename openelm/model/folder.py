@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from openelm.errors import CheckpointError
-from openelm.files import MANIFEST, canonical_json, publish_folder, verify_folder, write_atomic
+from openelm.files import MANIFEST, FileFacts, canonical_json, publish_folder, verify_folder, write_atomic
 from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import (
@@ -92,8 +92,9 @@ def save_weights(
     generation: dict[str, object] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     if chat_tuned:
         generation["chat_tuned"] = True
-    with publish_folder(folder, replace=replace) as temporary:
-        _write_weights(temporary, weights, shard_bytes, written)
+    known: dict[str, FileFacts] = {}
+    with publish_folder(folder, replace=replace, known=known) as temporary:
+        known |= _write_weights(temporary, weights, shard_bytes, written)
         write_json(temporary / "config.json", described)
         write_json(temporary / GENERATION, generation)
         if tokenizer is not None:
@@ -106,8 +107,10 @@ def save_weights(
             write_atomic(temporary / name, data)
 
 
-def _write_weights(folder: Path, weights: Weights, shard_bytes: int, written: Callable[[int], None]) -> None:
-    """Write one file, or several and the index that says which tensor is where."""
+def _write_weights(
+    folder: Path, weights: Weights, shard_bytes: int, written: Callable[[int], None]
+) -> dict[str, FileFacts]:
+    """Write one file, or several and the index that says which tensor is where; returns what is known of them."""
     shards: list[dict[str, LazyTensor]] = [{}]
     held = 0
     for name, tensor in weights.items():
@@ -117,16 +120,17 @@ def _write_weights(folder: Path, weights: Weights, shard_bytes: int, written: Ca
         shards[-1][name] = tensor
         held += tensor.bytes
     if len(shards) == 1:
-        write_safetensors(folder / WEIGHTS, shards[0], _METADATA, written)
-        return
+        return {WEIGHTS: write_safetensors(folder / WEIGHTS, shards[0], _METADATA, written)}
     stem, suffix = WEIGHTS.split(".")
     index: dict[str, str] = {}
+    facts = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
-        write_safetensors(folder / name, shard, _METADATA, written)
+        facts[name] = write_safetensors(folder / name, shard, _METADATA, written)
         index |= dict.fromkeys(shard, name)
     total = sum(tensor.bytes for tensor in weights.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    return facts
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import CheckpointError
+from openelm.files import FileFacts
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_BYTES_MAX, _INDEX_BYTES_MAX, _TENSORS_MAX, _FILES_MAX = 16 << 20, 16 << 20, 100_000, 1_000
@@ -23,7 +28,7 @@ _METADATA = "__metadata__"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED = {"U32": torch.uint32}
 _NAMES = {dtype: name for name, dtype in (_DTYPES | _PACKED).items()}
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES, _PIECES_AHEAD, _WRITE_BYTES = 4 << 20, 16, 256 << 10
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
@@ -235,8 +240,8 @@ def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]], file: 
 
 def write_safetensors(
     path: Path, weights: Weights, metadata: Mapping[str, str], written: Callable[[int], None] = lambda count: None
-) -> None:
-    """Write a safetensors file, holding one tensor at a time.
+) -> FileFacts:
+    """Write a safetensors file, holding one tensor at a time; returns its entry for a manifest, hashed on the way.
 
     Args:
         written: is told how many bytes of tensors went to the file since it was last told.
@@ -244,12 +249,27 @@ def write_safetensors(
     Raises:
         OSError: the disk is full or read-only.
     """
-    with path.open("wb") as file:
-        file.write(_header(weights, metadata))
+    header = _header(weights, metadata)
+    facts = FileFacts(len(header) + sum(tensor.bytes for tensor in weights.values()))
+    facts.update(header)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as checker:
+        file.write(header)
+        hashing: deque[Future[None]] = deque()
         for tensor in weights.values():
             for piece in _pieces(tensor.read()):
-                file.write(piece)
+                hashing += digester.submit(facts.digest, piece), checker.submit(facts.check, piece)
+                _write(file, piece)
                 written(len(piece))
+                while len(hashing) > 2 * _PIECES_AHEAD:
+                    hashing.popleft().result()
+        os.fsync(file.fileno())  # while the digests are still behind
+    return facts
+
+
+def _write(file: FileIO, data: memoryview) -> None:
+    """Write in pieces for which the kernel looks for no large stretches of free memory: that can cost ten times."""
+    while data:
+        data = data[file.write(data[:_WRITE_BYTES]) :]
 
 
 def _header(weights: Weights, metadata: Mapping[str, str]) -> bytes:
