@@ -14,6 +14,8 @@ from rich.console import Console
 from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, print_run, publish_average, train_run
 from openelm.config import apply_overrides, read_toml
+from openelm.convert.convert import Options, check_installed, open_source, write
+from openelm.convert.targets import TARGETS
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.reading import read_documents
 from openelm.errors import DataError, printable
@@ -33,12 +35,16 @@ from openelm.train.run import Run, RunConfig, open_run
 _HELD_OUT_EVERY = 20  # of the user's own documents, one in this many is kept for the evaluation
 _DOCUMENT_BYTES = 16_384
 _AVERAGED = 5
+_PAGES = {"hf": "huggingface", "mlx": "mlx", "gguf": "gguf", "onnx": "onnx", "corenet": "convert"}
 _VOCABULARIES, _RICH_CHARACTERS = (4096, 1024, 512, 384, 320, 288), 1_000_000
 
 
 def demo(arguments: argparse.Namespace) -> int:
     """Run every stage that is not done yet and print what came of it."""
     console, folder = Screen(), Path(arguments.out)
+    layouts = list(TARGETS) if "all" in arguments.export else list(dict.fromkeys(arguments.export))
+    for layout in layouts:
+        check_installed(layout)
     make_folder(folder)
     with folder_lock(folder):
         config = _demo_config(arguments, folder)
@@ -49,8 +55,18 @@ def demo(arguments: argparse.Namespace) -> int:
         if arguments.compare_uniform:
             rows.append(_uniform_baseline(arguments, console))
         _publish(run, score, rows)
+        for layout in layouts:
+            _export(run.folder, layout)
         _show(run, score, rows, console)
+        for layout in layouts:
+            console.print(f"  {printable(str(folder))}/export/{layout}: docs/{_PAGES[layout]}.md says what reads it")
     return 0
+
+
+def _export(folder: Path, layout: str) -> None:
+    """Write the published model in another layout; what an earlier call wrote is replaced."""
+    with open_source(folder / "model") as source:
+        write(source, folder / "export" / layout, Options(to=layout, replace=True))
 
 
 def _demo_config(arguments: argparse.Namespace, folder: Path, **model: str) -> RunConfig:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from openelm import __version__
+from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options
 from openelm.cli.data_options import add_data_actions
+from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
 
@@ -149,6 +151,14 @@ def _add_demo(verbs: Verbs) -> None:
     demo.add_argument("--out", default="runs/demo", help="run folder; the same command resumes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="initial weights and document order (default: %(default)s)")
     demo.add_argument(
+        "--export",
+        nargs="+",
+        default=[],
+        choices=("all", *TARGETS),
+        metavar="LAYOUT",
+        help=f"convert the model too, to RUN/export/LAYOUT: all, or any of {', '.join(TARGETS)}",
+    )
+    demo.add_argument(
         "--compare-uniform",
         action="store_true",
         help="also train a model of equal size with all layers alike, and put it in the table (twice the time)",
@@ -239,41 +249,9 @@ def _add_models(verbs: Verbs) -> None:
 
 
 def _add_convert(verbs: Verbs) -> None:
-    convert = _verb(
-        verbs,
-        "convert",
-        "bring a model from any layout to any other, tensor by tensor",
-        "openelm convert checkpoint_average.pt --to hf --tokenizer tokenizer.model --rows 32000 -o openelm-270m\n\n"
-        "sources: folders of Hugging Face (Apple's release, ours) and MLX (Apple's, mlx-lm's, quantised too),\n"
-        "  .pt files of CoreNet (read without running them; adapters are merged), .gguf files\n\n"
-        "targets, each a new folder:\n"
-        "  hf       config.json and safetensors: transformers, vLLM, and all that this program does\n"
-        "  mlx      the same folder, as mlx-lm reads it\n"
-        "  gguf     model.gguf for llama.cpp and its relatives, and a Modelfile for Ollama\n"
-        "  onnx     model.onnx with a key/value cache, for onnxruntime and OpenVINO\n"
-        "  corenet  checkpoint.pt, as Apple's training code reads it",
+    add_convert_options(
+        _verb(verbs, "convert", "bring a model from any layout to any other, tensor by tensor", CONVERT_EXAMPLE)
     )
-    convert.add_argument("source", help="model folder, .pt or .gguf file")
-    convert.add_argument("--to", required=True, choices=("hf", "mlx", "gguf", "onnx", "corenet"), help="see below")
-    convert.add_argument("-o", "--out", required=True, help="folder to make")
-    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="round all numbers (default: keep them)")
-    convert.add_argument(
-        "--quantize", metavar="KIND", help="pack matrices: f32, f16, bf16, q8_0 and more for gguf; 4 or 8 bits for mlx"
-    )
-    convert.add_argument("--tokenizer", metavar="FILE", help="a .model or tokenizer.json to attach")
-    convert.add_argument("--rows", type=int, metavar="N", help="rows of the vocabulary: cut off, or zeros put behind")
-    convert.add_argument(
-        "--kind",
-        choices=("base", "instruct"),
-        help="whether it learned the chat format, so that a chat template comes with it (default: as the source)",
-    )
-    convert.add_argument(
-        "--self-contained", action="store_true", help="add Python files, so that transformers alone loads the hf folder"
-    )
-    convert.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="N", help="most GB of a file of weights (default: %(default)s)"
-    )
-    convert.add_argument("--replace", action="store_true", help="replace a folder that was made so before")
 
 
 def _add_plan(verbs: Verbs) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from openelm import huggingface
 from openelm.convert.card import card, modelfile
 from openelm.convert.corenet import open_corenet, write_corenet
+from openelm.convert.extras import needed
 from openelm.convert.gguf import open_gguf, write_gguf
 from openelm.convert.hf import open_hf
 from openelm.convert.mlx import APPLE_WEIGHTS, open_apple_mlx
 from openelm.convert.onnx import write_onnx
 from openelm.convert.quantized import BITS, GROUP, packed
 from openelm.convert.source import EMBEDDING, HEAD, Source
+from openelm.convert.targets import TARGETS
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files import publish_folder, write_atomic
 from openelm.model.folder import SHARD_BYTES, save_weights, write_json
@@ -98,7 +100,7 @@ class Options:
     """What a conversion makes.
 
     Attributes:
-        to: one of `TARGETS`.
+        to: one of `targets.TARGETS`.
         dtype: one of `DTYPES`; None keeps the source's.
         quantize: how matrices are packed: a kind of GGUF, or bits a number for MLX; None leaves them alone.
         rows: of the vocabulary; None keeps them.
@@ -146,7 +148,18 @@ def write(source: Source, out: Path, options: Options, written: Callable[[int], 
         CheckpointError: the folder exists, or the source turns out to be damaged.
         DiskError: it cannot be written.
     """
+    check_installed(options.to)
     _WRITERS[options.to](source, out, options, written)
+
+
+def check_installed(to: str) -> None:
+    """Import what writing a layout needs, so that it is missed before anything is done.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if (package := TARGETS[to]) is not None:
+        needed(package, extra=package)
 
 
 def _write_hf(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
@@ -220,7 +233,6 @@ _WRITERS = {
     "onnx": _write_onnx,
     "corenet": _write_corenet,
 }
-TARGETS = tuple(_WRITERS)
 
 
 def modelling_files() -> dict[str, bytes]:

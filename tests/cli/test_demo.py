@@ -231,3 +231,16 @@ def test_documents_that_are_all_alike_are_a_clear_error(
     (tmp_path / "same.jsonl").write_text((json.dumps({"text": texts[0]}) + "\n") * 30)
     line = failed(3, "demo", "--text", tmp_path / "same.jsonl", "--out", tmp_path / "run", *tiny)
     assert "train.jsonl" not in line, "the user never heard of this file"
+
+
+def test_the_model_is_exported_where_that_was_asked_for(
+    tiny: tuple[str, ...], text_folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # the second time replaces the first
+        demo(tiny, text_folder, finished, "--export", "all")
+    assert set(os.listdir(finished / "export")) == {"hf", "mlx", "gguf", "onnx", "corenet"}
+    expected = weights_sha256(load_model(finished / "model").state_dict())
+    for name in ("hf", "mlx"):
+        verify_folder(finished / "export" / name)
+        assert weights_sha256(load_model(finished / "export" / name).state_dict()) == expected
+    assert "export/gguf: docs/gguf.md says what reads it" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The options of `openelm convert`; imports nothing that reads models, so help is instant."""
+
+from __future__ import annotations
+
+import argparse
+
+from openelm.convert.targets import TARGETS
+
+CONVERT_EXAMPLE = (
+    "openelm convert checkpoint_average.pt --to hf --tokenizer tokenizer.model --rows 32000 -o openelm-270m\n\n"
+    "sources: folders of Hugging Face (Apple's release, ours) and MLX (Apple's, mlx-lm's, quantised too),\n"
+    "  .pt files of CoreNet (read without running them; adapters are merged), .gguf files\n\n"
+    "targets, each a new folder:\n"
+    "  hf       config.json and safetensors: transformers, vLLM, and all that this program does\n"
+    "  mlx      the same folder, as mlx-lm reads it\n"
+    "  gguf     model.gguf for llama.cpp and its relatives, and a Modelfile for Ollama\n"
+    "  onnx     model.onnx with a key/value cache, for onnxruntime and OpenVINO\n"
+    "  corenet  checkpoint.pt, as Apple's training code reads it"
+)
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.add_argument("source", help="model folder, .pt or .gguf file")
+    parser.add_argument("--to", required=True, choices=tuple(TARGETS), help="see below")
+    parser.add_argument("-o", "--out", required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="round all numbers (default: keep them)")
+    parser.add_argument(
+        "--quantize", metavar="KIND", help="pack matrices: f32, f16, bf16, q8_0 and more for gguf; 4 or 8 bits for mlx"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a .model or tokenizer.json to attach")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of the vocabulary: cut off, or zeros put behind")
+    parser.add_argument(
+        "--kind",
+        choices=("base", "instruct"),
+        help="whether it learned the chat format, so that a chat template comes with it (default: as the source)",
+    )
+    parser.add_argument(
+        "--self-contained", action="store_true", help="add Python files, so that transformers alone loads the hf folder"
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="N", help="most GB of a file of weights (default: %(default)s)"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace a folder that was made so before")
