@@ -250,7 +250,9 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
         findings.skip("published weights", f"they are said to be a mean, and step {gone[0]} is not there any more")
         findings.weaken("published weights not compared")
         return "whole; its weights were not compared"
-    compare_tensors("the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder)
+    compare_tensors(
+        "the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / weight_files(folder)[0]
+    )
     return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
 
 
