@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from openelm.model.transformer import OpenELM
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,3 +50,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def randomise(model: OpenELM, seed: int = 0) -> OpenELM:
+    """Draw weights with which every part of a model matters: norms between 0.3 and 1.7, matrices by their width."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.3, 1.7, generator=generator)
+            else:
+                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    return model

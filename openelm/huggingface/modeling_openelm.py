@@ -227,7 +227,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
 
 class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
-    """The language model."""
+    """The language model; its arguments are spelled out once more because transformers reads their names."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.token_embeddings.weight"}
 

@@ -15,6 +15,8 @@ from openelm.model.sizes import model_size
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, train_tokenizer
 
+from ..conftest import randomise
+
 ODD = {
     "vocab_size": 300,
     "max_context_length": 64,
@@ -50,16 +52,7 @@ def shallow(size: str, **fields: object) -> ModelConfig:
 
 
 def randomised(config: ModelConfig, seed: int = 0) -> OpenELM:
-    """Weights with which every part of the model matters: norms between 0.3 and 1.7, matrices by their width."""
-    generator = torch.Generator().manual_seed(seed)
-    model = OpenELM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.3, 1.7, generator=generator)
-            else:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    return model
+    return randomise(OpenELM(config), seed)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import torch
 from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
 
+from ..conftest import randomise
+
 MakeModel = Callable[..., OpenELM]
 
 
@@ -31,17 +33,6 @@ def odd_config() -> ModelConfig:
             "ffn_dim_divisor": 7,
         }
     )
-
-
-def randomise(model: OpenELM, seed: int = 0) -> OpenELM:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.3, 1.7, generator=generator)
-            else:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    return model
 
 
 @pytest.fixture
