@@ -24,7 +24,8 @@ import torch
 
 from openelm.data.stream import BatchStream
 from openelm.errors import Stopped
-from openelm.files import folder_lock, make_folder
+from openelm.files.atomic import make_folder
+from openelm.files.locks import folder_lock
 from openelm.model.device import reuse_freed_memory
 from openelm.release.probes import held_out_probe
 from openelm.train.ledger import number, read_ledger, valid_events

@@ -14,21 +14,12 @@ from typing import Any
 
 import pytest
 
-from openelm import files
 from openelm.errors import CheckpointError, DiskError
-from openelm.files import (
-    MANIFEST,
-    canonical_json,
-    folder_lock,
-    make_folder,
-    publish_folder,
-    remove_folder,
-    remove_leftovers,
-    sha256_bytes,
-    sha256_file,
-    verify_folder,
-    write_atomic,
-)
+from openelm.files import atomic
+from openelm.files.atomic import make_folder, remove_folder, remove_leftovers, write_atomic
+from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
+from openelm.files.locks import folder_lock
+from openelm.files.published import MANIFEST, publish_folder, verify_folder
 
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 
@@ -174,7 +165,7 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new_folder(
 KILLED = """
 import os, sys
 from pathlib import Path
-from openelm.files import publish_folder
+from openelm.files.published import publish_folder
 target, step = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
 def killed_before(real):
@@ -233,7 +224,7 @@ def test_an_old_folder_without_a_successor_comes_back(tmp_path: Path) -> None:
 def test_a_removed_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "t", "one")
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", failing(errno.EIO))
+        patch.setattr(atomic.shutil, "rmtree", failing(errno.EIO))
         with pytest.raises(DiskError):
             remove_folder(tmp_path / "t")
     assert not (tmp_path / "t").exists()
@@ -245,7 +236,7 @@ LOCK = """
 import sys
 from pathlib import Path
 from openelm.errors import CheckpointError
-from openelm.files import folder_lock
+from openelm.files.locks import folder_lock
 try:
     with folder_lock(Path(sys.argv[1])):
         print("held")

@@ -16,15 +16,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from openelm.errors import CheckpointError
-from openelm.files import (
-    MANIFEST,
-    manifest_bytes,
-    piece_bytes,
-    publish_folder,
-    sha256_bytes,
-    sha256_file,
-    verify_folder,
-)
+from openelm.files.hashes import sha256_bytes, sha256_file
+from openelm.files.published import MANIFEST, manifest_bytes, piece_bytes, publish_folder, verify_folder
 
 from .test_files import ABC_SHA256, publish
 

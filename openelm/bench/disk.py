@@ -10,7 +10,7 @@ from pathlib import Path
 
 from openelm.bench.measurement import Measurement, Progress
 from openelm.errors import ConfigError
-from openelm.files import disk_errors
+from openelm.files.atomic import disk_errors
 
 _CHUNK_BYTES = 1 << 22
 _PROBES = 64

@@ -25,7 +25,8 @@ from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.overlap import NgramIndex
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError, printable
-from openelm.files import disk_errors, make_folder, publish_folder, replacing
+from openelm.files.atomic import disk_errors, make_folder, replacing
+from openelm.files.published import publish_folder
 
 _MANIFEST_START = b'{"kind":"openelm data manifest"'
 

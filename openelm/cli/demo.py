@@ -22,7 +22,9 @@ from openelm.errors import DataError, printable
 from openelm.evaluate.baselines import Baseline, baselines
 from openelm.evaluate.score import Score
 from openelm.evaluate.tables import aligned
-from openelm.files import folder_lock, make_folder, publish_folder
+from openelm.files.atomic import make_folder
+from openelm.files.locks import folder_lock
+from openelm.files.published import publish_folder
 from openelm.generate.engine import generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.folder import load_model, weights_sha256, write_json

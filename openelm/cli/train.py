@@ -16,7 +16,8 @@ from openelm.cli.screen import Screen
 from openelm.config import apply_overrides, read_toml
 from openelm.data.stream import BatchStream
 from openelm.errors import CheckpointError, ConfigError, printable
-from openelm.files import folder_lock, make_folder
+from openelm.files.atomic import make_folder
+from openelm.files.locks import folder_lock
 from openelm.kernels.native import kernels_name, native_missing
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory

@@ -22,7 +22,9 @@ from openelm.convert.quantized import BITS, GROUP, packed
 from openelm.convert.source import EMBEDDING, HEAD, Source
 from openelm.convert.targets import TARGETS
 from openelm.errors import CheckpointError, ConfigError
-from openelm.files import publish_folder, write_atomic
+from openelm.files.atomic import write_atomic
+from openelm.files.hashes import FileFacts
+from openelm.files.published import publish_folder
 from openelm.model.folder import SHARD_BYTES, save_weights, write_json
 from openelm.model.weights import LazyTensor, Weights
 from openelm.text.tokenizer import Tokenizer
@@ -206,14 +208,16 @@ def _write_folder(
 
 
 def _write_gguf(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
-    with publish_folder(out, replace=options.replace) as folder:
-        write_gguf(folder / "model.gguf", source, options.quantize, written)
+    known: dict[str, FileFacts] = {}
+    with publish_folder(out, replace=options.replace, known=known) as folder:
+        known["model.gguf"] = write_gguf(folder / "model.gguf", source, options.quantize, written)
         write_atomic(folder / "Modelfile", modelfile(source, "model.gguf").encode())
 
 
 def _write_onnx(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
-    with publish_folder(out, replace=options.replace) as folder:
-        write_onnx(folder, source, written)
+    known: dict[str, FileFacts] = {}
+    with publish_folder(out, replace=options.replace, known=known) as folder:
+        known |= write_onnx(folder, source, written)
         write_json(folder / "config.json", source.config.model_dump(mode="json"))
         if source.tokenizer is not None:
             source.tokenizer.save(folder, chat_template=source.chat_tuned)

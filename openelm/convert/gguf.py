@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from openelm.convert.gguf_file import GGUF, PLAIN, read_gguf
 from openelm.convert.gguf_tokenizer import tokenizer_fields, tokenizer_from
 from openelm.convert.source import EMBEDDING, HEAD, Source, config_of
 from openelm.errors import CheckpointError, ConfigError
+from openelm.files.hashed import HashedFile
+from openelm.files.hashes import FileFacts
 from openelm.model.config import ModelConfig
 from openelm.model.weights import LazyTensor, Weights
 
@@ -154,8 +158,8 @@ def gguf_names(name: str) -> list[str]:
 
 def write_gguf(
     path: Path, source: Source, kind: str | None = None, written: Callable[[int], None] = lambda count: None
-) -> None:
-    """Write a GGUF file, holding one tensor at a time.
+) -> FileFacts:
+    """Write a GGUF file, holding few tensors at a time; returns its entry for a manifest.
 
     Args:
         kind: of the matrices, one of `KINDS`; None keeps their dtype. Norms are fp32.
@@ -174,22 +178,37 @@ def write_gguf(
     if name not in KINDS:
         raise ConfigError(f"no kind of GGUF matrices is called {name!r}", fix=f"kinds: {', '.join(KINDS)}")
     matrices = gguf.GGMLQuantizationType[name.upper()]
-    parts = [part for tensor in source.weights for part in _parts(tensor, source.weights[tensor], matrices)]
+    read = functools.lru_cache(maxsize=1)(lambda name: source.weights[name].read())  # for both halves of one
+    parts = [
+        part
+        for name, tensor in source.weights.items()
+        for part in _parts(name, tensor.shape, functools.partial(read, name), matrices)
+    ]
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     writer.add_file_type(gguf.LlamaFileType[KINDS[name]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in _metadata(source).items():
         _add(writer, key, value)
     for part in parts:
-        writer.add_tensor_info(part.name, part.packed, np.dtype(np.uint8), int(np.prod(part.packed)), part.kind)
+        writer.add_tensor_info(part.name, part.packed, np.dtype(np.uint8), part.bytes, part.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for part in parts:
-        blocks = part.read()
-        writer.write_tensor_data(blocks)
-        written(blocks.nbytes)
     writer.close()
+    header = path.read_bytes()
+
+    def padding(size: int) -> bytes:
+        return bytes(-size % gguf.GGUF_DEFAULT_ALIGNMENT)
+
+    sizes = (len(header), *(part.bytes for part in parts))
+    with HashedFile(path, sum(size + len(padding(size)) for size in sizes)) as file:
+        file.write(header + padding(len(header)))
+        for part in parts:
+            blocks = part.read()
+            file.write(blocks.reshape(-1).data)
+            file.write(padding(blocks.nbytes))
+            written(blocks.nbytes)
+    return file.facts
 
 
 @dataclass(frozen=True)
@@ -201,20 +220,24 @@ class _Part:
     packed: tuple[int, ...]
     read: Callable[[], NDArray[np.uint8]]
 
+    @property
+    def bytes(self) -> int:
+        return prod(self.packed)
 
-def _parts(name: str, tensor: LazyTensor, matrices: Any) -> list[_Part]:
-    """Cut a tensor into those that GGUF has; what is read is read again for the second half."""
+
+def _parts(name: str, whole: tuple[int, ...], read_whole: Callable[[], Tensor], matrices: Any) -> list[_Part]:
+    """Cut a tensor into those that GGUF has."""
     gguf = needed("gguf", extra="gguf")
     names = gguf_names(name)
-    shape = (tensor.shape[0] // len(names), *tensor.shape[1:])
-    kind = matrices if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
+    shape = (whole[0] // len(names), *whole[1:])
+    kind = matrices if len(whole) > 1 else gguf.GGMLQuantizationType.F32
     if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = gguf.GGMLQuantizationType.F16  # rows that are no whole number of blocks, as llama.cpp leaves them
     packed = gguf.quant_shape_to_byte_shape(shape, kind)
 
     def reader(index: int) -> Callable[[], NDArray[np.uint8]]:
         def read() -> NDArray[np.uint8]:
-            half = tensor.read()[index * shape[0] : (index + 1) * shape[0]]
+            half = read_whole()[index * shape[0] : (index + 1) * shape[0]]
             return _blocks(half, kind).reshape(packed)
 
         return read

@@ -8,6 +8,7 @@ Outputs are `logits` (B, T, V) and `present.i.key` and `.value`, the next call's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,39 @@ import torch
 
 from openelm.convert.extras import needed
 from openelm.convert.source import EMBEDDING, HEAD, Source
+from openelm.files.hashed import HashedFile
+from openelm.files.hashes import FileFacts
 from openelm.model.config import ModelConfig
 from openelm.model.rotary import RotaryTable
 from openelm.model.weights import bytes_of
 
 OPSET, IR_VERSION = 17, 8  # of 2021; what runtimes of all kinds read
-_ALIGNMENT = 4096
+_DATA, _ALIGNMENT = "model.onnx.data", 4096
 _HIDDEN = -3.4028234663852886e38
 """The least fp32 number: what a hidden position adds to its score, so that a row of hidden ones is not NaN."""
 
 
-def write_onnx(folder: Path, source: Source, written: Callable[[int], None] = lambda count: None) -> None:
-    """Write `model.onnx` and its weights, `model.onnx.data`; all numbers are fp32."""
+def write_onnx(
+    folder: Path, source: Source, written: Callable[[int], None] = lambda count: None
+) -> dict[str, FileFacts]:
+    """Write `model.onnx` and its weights, `model.onnx.data`; all numbers are fp32. Returns the latter's entry."""
     onnx = needed("onnx", extra="onnx")
     graph = _Graph(source.config)
     _model(graph, source.config, source.config.share_input_output_layers)
-    with (folder / "model.onnx.data").open("wb") as file:
+    end = 0
+    for name, rows_first in graph.matrices.items():
+        shape = source.weights[name].shape
+        start = end + -end % _ALIGNMENT
+        end = start + 4 * prod(shape)
+        graph.stored(name, shape if rows_first else shape[::-1], start, end - start)
+    with HashedFile(folder / _DATA, end) as file:
         for name, rows_first in graph.matrices.items():
-            tensor = source.weights[name].to(torch.float32).read()
-            numbers = tensor if rows_first else tensor.t().contiguous()
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            graph.stored(name, numbers.shape, file.tell(), numbers.nbytes)
-            file.write(bytes_of(numbers))
+            numbers = source.weights[name].read().float()
+            file.write(bytes(-file.end % _ALIGNMENT))
+            file.write(bytes_of(numbers if rows_first else numbers.t().contiguous()))
             written(source.weights[name].bytes)
     onnx.save(graph.finished(), folder / "model.onnx")
+    return {_DATA: file.facts}
 
 
 class _Graph:
@@ -79,7 +89,7 @@ class _Graph:
     def stored(self, name: str, shape: Sequence[int], offset: int, size: int) -> None:
         """Say where a tensor lies in the file of weights."""
         tensor = self.proto(name=name, data_type=self.proto.FLOAT, dims=shape, data_location=self.proto.EXTERNAL)
-        for key, value in (("location", "model.onnx.data"), ("offset", str(offset)), ("length", str(size))):
+        for key, value in (("location", _DATA), ("offset", str(offset)), ("length", str(size))):
             tensor.external_data.add(key=key, value=value)
         self.constants[name] = tensor
 

@@ -74,16 +74,16 @@ def _dequantised(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, bit
 def packed(weights: Weights, bits: int) -> dict[str, LazyTensor]:
     """Quantise the matrices whose rows are whole groups, by MLX itself; each becomes words, scales and biases."""
     found: dict[str, LazyTensor] = {}
+    parts = functools.lru_cache(maxsize=1)(lambda name: _quantised(weights[name], bits))  # read one after the other
     for name, tensor in weights.items():
         if len(tensor.shape) == 1 or tensor.shape[1] % GROUP:
             found[name] = tensor
             continue
         stem, (rows, columns) = name.removesuffix(_PACKED), tensor.shape
-        parts = functools.lru_cache(maxsize=1)(functools.partial(_quantised, tensor, bits))
         words, groups = (rows, columns * bits // 32), (rows, columns // GROUP)
-        found[name] = LazyTensor(torch.uint32, words, lambda parts=parts: parts()[0])  # type: ignore[misc]
-        for index, kind in enumerate((_SCALES, _BIASES), start=1):
-            found[stem + kind] = LazyTensor(tensor.dtype, groups, lambda parts=parts, index=index: parts()[index])  # type: ignore[misc]
+        for index, kind in enumerate((_PACKED, _SCALES, _BIASES)):
+            dtype, shape = (tensor.dtype, groups) if index else (torch.uint32, words)
+            found[stem + kind] = LazyTensor(dtype, shape, lambda name=name, index=index: parts(name)[index])  # type: ignore[misc]
     return found
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from openelm.data.document import Document, no_such_file
 from openelm.data.manifest import Manifest, Shard, Source, unreadable
 from openelm.errors import DataError
-from openelm.files import canonical_json, sha256_bytes, sha256_file
+from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
 
 CONTAMINATED, DUPLICATE = "contaminated", "duplicate"
 REASONS = (CONTAMINATED, DUPLICATE)

@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from openelm.data.manifest import Shard, State, shard_from_json, shard_json
 from openelm.errors import ConfigError
-from openelm.files import canonical_json, disk_errors, lock_file
+from openelm.files.atomic import disk_errors
+from openelm.files.hashes import canonical_json
+from openelm.files.locks import lock_file
 
 
 class Journal:

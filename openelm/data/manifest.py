@@ -22,7 +22,7 @@ from openelm.data.readers import READERS, format_of
 from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, sha256_file
+from openelm.files.hashes import canonical_json, sha256_file
 
 State = tuple[int, int, str]  # bytes, time of change, version
 _ASKING_THREADS = 16

@@ -26,7 +26,8 @@ from openelm.data.manifest import (
 )
 from openelm.data.remote import is_url
 from openelm.errors import ConfigError, DataError
-from openelm.files import canonical_json, replacing, sha256_bytes
+from openelm.files.atomic import replacing
+from openelm.files.hashes import canonical_json, sha256_bytes
 
 VERSION = 1
 _KIND = "openelm data manifest"

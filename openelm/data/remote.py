@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from openelm.data.retry import TRIES, may_pass, retried
 from openelm.data.web import Fetch, Take
 from openelm.errors import ConfigError, DataError, OpenELMError
-from openelm.files import disk_errors
+from openelm.files.atomic import disk_errors
 
 _CHUNK_BYTES = 4 << 20
 _FIX = "check the URL, the network and the credentials, then run the same command again"

@@ -12,7 +12,7 @@ import numpy as np
 from openelm.errors import ConfigError, DataError
 from openelm.evaluate.bootstrap import ratio_interval
 from openelm.evaluate.likelihood import Row, log_likelihoods, windows
-from openelm.files import sha256_bytes
+from openelm.files.hashes import sha256_bytes
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer
 

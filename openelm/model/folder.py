@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from openelm.errors import CheckpointError
-from openelm.files import MANIFEST, FileFacts, canonical_json, publish_folder, verify_folder, write_atomic
+from openelm.files.atomic import write_atomic
+from openelm.files.hashes import FileFacts, canonical_json
+from openelm.files.published import MANIFEST, publish_folder, verify_folder
 from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import (

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +15,8 @@ import torch
 from torch import Tensor
 
 from openelm.errors import CheckpointError
-from openelm.files import FileFacts
+from openelm.files.hashed import HashedFile
+from openelm.files.hashes import FileFacts
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_BYTES_MAX, _INDEX_BYTES_MAX, _TENSORS_MAX, _FILES_MAX = 16 << 20, 16 << 20, 100_000, 1_000
@@ -28,7 +25,6 @@ _METADATA = "__metadata__"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PACKED = {"U32": torch.uint32}
 _NAMES = {dtype: name for name, dtype in (_DTYPES | _PACKED).items()}
-_PIECE_BYTES, _PIECES_AHEAD, _WRITE_BYTES = 4 << 20, 16, 256 << 10
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
@@ -241,35 +237,21 @@ def check_shapes(found: Weights, expected: Mapping[str, tuple[int, ...]], file: 
 def write_safetensors(
     path: Path, weights: Weights, metadata: Mapping[str, str], written: Callable[[int], None] = lambda count: None
 ) -> FileFacts:
-    """Write a safetensors file, holding one tensor at a time; returns its entry for a manifest, hashed on the way.
+    """Write a safetensors file, holding few tensors at a time; returns its entry for a manifest, hashed on the way.
 
     Args:
-        written: is told how many bytes of tensors went to the file since it was last told.
+        written: is told how many bytes of tensors were written since it was last told.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     header = _header(weights, metadata)
-    facts = FileFacts(len(header) + sum(tensor.bytes for tensor in weights.values()))
-    facts.update(header)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as checker:
+    with HashedFile(path, len(header) + sum(tensor.bytes for tensor in weights.values())) as file:
         file.write(header)
-        hashing: deque[Future[None]] = deque()
         for tensor in weights.values():
-            for piece in _pieces(tensor.read()):
-                hashing += digester.submit(facts.digest, piece), checker.submit(facts.check, piece)
-                _write(file, piece)
-                written(len(piece))
-                while len(hashing) > 2 * _PIECES_AHEAD:
-                    hashing.popleft().result()
-        os.fsync(file.fileno())  # while the digests are still behind
-    return facts
-
-
-def _write(file: FileIO, data: memoryview) -> None:
-    """Write in pieces for which the kernel looks for no large stretches of free memory: that can cost ten times."""
-    while data:
-        data = data[file.write(data[:_WRITE_BYTES]) :]
+            file.write(bytes_of(tensor.read()))
+            written(tensor.bytes)
+    return file.facts
 
 
 def _header(weights: Weights, metadata: Mapping[str, str]) -> bytes:
@@ -287,9 +269,3 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a tensor without gaps, to read or to fill."""
     memory: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     return memory
-
-
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    memory = bytes_of(tensor)
-    for start in range(0, len(memory), _PIECE_BYTES):
-        yield memory[start : start + _PIECE_BYTES]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import VerificationError
-from openelm.files import MANIFEST, verify_folder
+from openelm.files.published import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
 from openelm.model.folder import ORIGIN, load_model, weights_sha256
 from openelm.model.plan import matched_uniform_plan

@@ -17,7 +17,7 @@ from pydantic import Field
 from openelm.data.manifest import Manifest
 from openelm.data.manifest_file import check_has_text, manifest_of, read_manifest_file
 from openelm.errors import DataError, VerificationError
-from openelm.files import canonical_json, sha256_bytes
+from openelm.files.hashes import canonical_json, sha256_bytes
 from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.data_lists import LISTS
 from openelm.train.ledger import read_lines, valid_events

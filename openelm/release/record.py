@@ -13,7 +13,7 @@ import pydantic
 from openelm.data.manifest import Shard
 from openelm.data.manifest_file import read_manifest_file
 from openelm.errors import CheckpointError, DataError
-from openelm.files import sha256_file
+from openelm.files.hashes import sha256_file
 from openelm.train.data_lists import LISTS
 from openelm.train.ledger import number, read_ledger, valid_events
 

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from openelm.data.manifest import Shard
-from openelm.files import write_atomic
+from openelm.files.atomic import write_atomic
 from openelm.release import charts, units
 from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure, notable
 from openelm.release.record import Corpus, Evaluation, Record, Score, read_run

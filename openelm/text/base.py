@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openelm.errors import DataError
-from openelm.files import make_folder, sha256_bytes, write_atomic
+from openelm.files.atomic import make_folder, write_atomic
+from openelm.files.hashes import sha256_bytes
 from openelm.text.chat import CHAT_TEMPLATE
 
 SPACE_MARK = "▁"  # U+2581 stands for a space inside the pieces of SentencePiece and its descendants

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, set_min_log_level
 
-from openelm.files import write_atomic
+from openelm.files.atomic import write_atomic
 from openelm.text.base import SPACE_MARK, Tokenizer, refuse
 from openelm.text.spm_json import tokenizer_json
 from openelm.text.units import UnitEncoder, has_units

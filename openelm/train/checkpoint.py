@@ -18,15 +18,9 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
-from openelm.files import (
-    disk_errors,
-    read_file,
-    remove_folder,
-    remove_leftovers,
-    sync_file,
-    verify_folder,
-    write_atomic,
-)
+from openelm.files.atomic import disk_errors, remove_folder, remove_leftovers, sync_file, write_atomic
+from openelm.files.hashes import read_file
+from openelm.files.published import verify_folder
 from openelm.model.folder import read_tensors, write_tensors
 
 STATE = "state.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from openelm.files import canonical_json, sha256_bytes, sha256_file
+from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
 from openelm.kernels.native import kernels_name
 from openelm.model.device import cpu_name
 

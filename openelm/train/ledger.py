@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from openelm.errors import CheckpointError, DiskError
-from openelm.files import disk_errors, sha256_bytes, write_atomic
+from openelm.files.atomic import disk_errors, write_atomic
+from openelm.files.hashes import sha256_bytes
 
 FIRST = "0" * 64
 _TAIL_BYTES = 1 << 16

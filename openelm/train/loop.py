@@ -15,7 +15,8 @@ from torch import Tensor
 from openelm.data.document import Drops, add_drops
 from openelm.data.stream import Batch
 from openelm.errors import CheckpointError, ConfigError, NumericError, Stopped, VerificationError
-from openelm.files import canonical_json, make_folder, set_aside, sha256_bytes
+from openelm.files.atomic import make_folder, set_aside
+from openelm.files.hashes import canonical_json, sha256_bytes
 from openelm.model.device import matmul_flops_per_second
 from openelm.model.folder import weights_sha256
 from openelm.model.parts import own_part, parts

@@ -18,7 +18,8 @@ from openelm.data.manifest_file import manifest_of, survey_sources, write_manife
 from openelm.data.reading import read_documents
 from openelm.data.stream import DataConfig
 from openelm.errors import CheckpointError, ConfigError
-from openelm.files import make_folder, publish_folder, write_atomic
+from openelm.files.atomic import make_folder, write_atomic
+from openelm.files.published import publish_folder
 from openelm.kernels.precision import cpu_multiplies_bf16
 from openelm.model.budget import Work, recompute_within
 from openelm.model.config import ModelConfig

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import OpenELMError, ProcessError
-from openelm.files import publish_folder
+from openelm.files.published import publish_folder
 from openelm.model.folder import weights_sha256
 from openelm.model.parts import own_part, parts
 from openelm.train.checkpoint import checkpoint_folder, load_checkpoint, write_part, write_state

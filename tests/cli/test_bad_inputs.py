@@ -148,7 +148,7 @@ def test_a_model_folder_without_a_manifest_is_read_as_other_peoples_are(trained:
 
 
 def test_two_starts_of_one_run_are_refused(recipe: Path, tmp_path: Path, failed: Failed) -> None:
-    from openelm.files import folder_lock
+    from openelm.files.locks import folder_lock
 
     with folder_lock(tmp_path):
         line = failed(4, "train", recipe, "--out", tmp_path)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openelm.cli import main
-from openelm.files import verify_folder
+from openelm.files.published import verify_folder
 from openelm.model.folder import load_model, weights_sha256
 from openelm.train.ledger import read_ledger, valid_events
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from openelm.cli import main
-from openelm.files import verify_folder
+from openelm.files.published import verify_folder
 from openelm.model.folder import load_model, weights_sha256
 from openelm.train.average import average_checkpoints
 

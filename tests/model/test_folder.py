@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openelm.errors import CheckpointError, DiskError
-from openelm.files import MANIFEST, manifest_bytes, verify_folder
+from openelm.files.published import MANIFEST, manifest_bytes, verify_folder
 from openelm.model.folder import is_chat_tuned, load_model, read_tensors, save_model, weights_sha256
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import WEIGHTS, open_safetensors

@@ -15,7 +15,10 @@ import pytest
 from openelm.cli.train import publish_average
 from openelm.config import apply_overrides
 from openelm.data.stream import BatchStream
-from openelm.files import canonical_json, folder_lock, make_folder, sha256_bytes, write_manifest
+from openelm.files.atomic import make_folder
+from openelm.files.hashes import canonical_json, sha256_bytes
+from openelm.files.locks import folder_lock
+from openelm.files.published import write_manifest
 from openelm.model.folder import load_model, read_tensors, weights_sha256, write_json
 from openelm.release.findings import Findings
 from openelm.release.probes import final_score, probes

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openelm.errors import DataError
-from openelm.files import write_manifest
+from openelm.files.published import write_manifest
 
 from .conftest import read_lines, rechain
 from .test_forgeries import assert_caught

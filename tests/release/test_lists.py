@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from openelm.data.manifest_file import load_manifest
-from openelm.files import canonical_json, sha256_bytes
+from openelm.files.hashes import canonical_json, sha256_bytes
 
 from .conftest import assert_caught
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from openelm.files import write_manifest
+from openelm.files.published import write_manifest
 from openelm.model.folder import read_tensors, weights_sha256
 
 from .conftest import read_lines, write_lines

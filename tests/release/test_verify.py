@@ -15,7 +15,7 @@ import pytest
 
 import openelm.train.saving
 from openelm.errors import CheckpointError, Stopped
-from openelm.files import canonical_json, sha256_bytes, sha256_file
+from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
 from openelm.optim.schedule import ScheduleConfig, learning_rate
 from openelm.release.publication import read_publication
 from openelm.release.segments import all_segments, schedule_boundaries

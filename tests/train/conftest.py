@@ -14,7 +14,8 @@ import pytest
 
 from openelm.config import apply_overrides
 from openelm.data.stream import BatchStream
-from openelm.files import folder_lock, make_folder
+from openelm.files.atomic import make_folder
+from openelm.files.locks import folder_lock
 from openelm.model.folder import weights_sha256
 from openelm.model.transformer import OpenELM
 from openelm.train.checkpoint import load_checkpoint

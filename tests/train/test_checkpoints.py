@@ -295,7 +295,7 @@ def test_a_folder_that_only_looks_like_a_checkpoint_is_none(tmp_path: Path, name
 
 
 def test_two_processes_cannot_train_the_same_folder(bench: Any, tmp_path: Path) -> None:
-    from openelm.files import folder_lock
+    from openelm.files.locks import folder_lock
 
     with folder_lock(tmp_path), pytest.raises(CheckpointError, match="using this folder") as caught:
         bench.train(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from openelm.errors import OpenELMError
-from openelm.files import verify_folder
+from openelm.files.published import verify_folder
 from openelm.train.checkpoint import checkpoint_folder, checkpoint_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

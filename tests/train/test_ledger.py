@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from openelm.errors import CheckpointError, DiskError
-from openelm.files import sha256_bytes
+from openelm.files.hashes import sha256_bytes
 from openelm.train.ledger import FIRST, Ledger, number, read_ledger, valid_events
 
 

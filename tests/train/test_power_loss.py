@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from openelm.files import publish_folder, write_atomic
+from openelm.files.atomic import write_atomic
+from openelm.files.published import publish_folder
 
 
 class Disk:

@@ -15,7 +15,7 @@ import openelm
 import openelm.train.environment as environment_module
 from openelm.data.manifest_file import load_manifest, read_manifest_file, write_manifest_file
 from openelm.errors import CheckpointError, ConfigError, OpenELMError
-from openelm.files import sha256_file
+from openelm.files.hashes import sha256_file
 from openelm.train.ledger import read_ledger
 from openelm.train.run import RunConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from openelm.files import verify_folder
+from openelm.files.published import verify_folder
 from openelm.train import saving
 from openelm.train.checkpoint import checkpoint_folder, checkpoint_steps
 from openelm.train.ledger import read_ledger

@@ -20,7 +20,7 @@ from openelm.data.document import (
 from openelm.data.readers.lines import Line, is_compressed, most_text_bytes, read_lines
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
-from openelm.files import sha256_bytes
+from openelm.files.hashes import sha256_bytes
 
 # A block inside a frame is reached by decompressing the frame from its start: k blocks cost k/2 readings.
 _BLOCKS_PER_FRAME = 16

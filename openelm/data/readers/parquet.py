@@ -11,7 +11,7 @@ from openelm.data.document import BLOCK_BYTES, Block, Document, ReadOptions, dec
 from openelm.data.remote import DataPath, Url
 from openelm.data.retry import may_pass
 from openelm.errors import DataError
-from openelm.files import sha256_bytes
+from openelm.files.hashes import sha256_bytes
 
 _BLOCKS_PER_GROUP = 16  # reaching a block inside a row group decodes the rows before it
 _BATCH_ROWS = 64

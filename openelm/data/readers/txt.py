@@ -17,7 +17,7 @@ from openelm.data.document import (
 )
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
-from openelm.files import sha256_bytes
+from openelm.files.hashes import sha256_bytes
 
 _BOM = b"\xef\xbb\xbf"
 _FIX = "set document_bytes to cut the file at blank lines, or raise max_document_bytes"

@@ -1,0 +1,1 @@
+"""Files: hashes, atomic replacement, published folders, locks. A reader sees old or new."""
