@@ -114,10 +114,15 @@ with torch.no_grad():
 """
 
 
-def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved_again", [False, True], ids=["as written", "saved again by transformers"])
+def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_path: Path, saved_again: bool) -> None:
     folder = tmp_path / "alone"
     with open_source(publish()) as source:
         write(source, folder, Options(to="hf", self_contained=True))
+    if saved_again:
+        loaded(folder).save_pretrained(tmp_path / "again")
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
+        folder = tmp_path / "again"
     torch.save(TOKENS, tmp_path / "tokens.pt")
     command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     done = subprocess.run(
@@ -150,3 +155,47 @@ def test_importing_registers_the_model_in_any_order(publish: Publish, first: str
     command = [sys.executable, "-c", code, str(publish())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
+
+
+def test_packed_rows_are_separate_documents(publish: Publish) -> None:
+    """Positions that begin again say where a document of a row begins; each attends to itself alone."""
+    model = loaded(publish())
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None].expand(2, -1)
+    with torch.no_grad():
+        apart = torch.cat([model(TOKENS[:, :25]).logits, model(TOKENS[:, 25:]).logits], dim=1)
+        for use_cache in (True, False):
+            packed = model(TOKENS, position_ids=positions, use_cache=use_cache).logits
+            assert (packed - apart).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "share_input_output_layers"])
+def test_an_output_matrix_of_its_own_is_saved_and_read(publish: Publish, tmp_path: Path, name: str) -> None:
+    """`tie_word_embeddings` is what programs of the ecosystem set, after they trained the output matrix alone."""
+    model = loaded(publish())
+    setattr(model.config, name, False)
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    model.save_pretrained(tmp_path / "untied")
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert torch.equal(loaded(tmp_path / "untied")(TOKENS).logits, expected)
+        assert (ours(tmp_path / "untied", TOKENS) - expected).abs().max() < 1e-4
+
+
+def test_a_config_that_says_both_is_tied_only_if_both_are(publish: Publish) -> None:
+    config = transformers.AutoConfig.from_pretrained(publish())
+    values = config.to_dict()
+    assert "tie_word_embeddings" not in values, "one word for it in the file"
+    for share, tie in ((True, False), (False, True), (False, False), (True, True)):
+        both = type(config)(**{**values, "share_input_output_layers": share, "tie_word_embeddings": tie})
+        assert both.share_input_output_layers == both.tie_word_embeddings == (share and tie)
+    untied = loaded(publish(name="again"), tie_word_embeddings=False)
+    assert untied.config.share_input_output_layers is untied.config.tie_word_embeddings is False
+
+
+def test_more_rows_of_the_vocabulary_are_saved_and_read(publish: Publish, tmp_path: Path) -> None:
+    model = loaded(publish())
+    model.resize_token_embeddings(308)
+    model.save_pretrained(tmp_path / "wider")
+    with torch.no_grad():
+        assert (ours(tmp_path / "wider", TOKENS) - model(TOKENS).logits).abs().max() < 1e-4
+    assert load_model(tmp_path / "wider").config.vocab_size == 308
