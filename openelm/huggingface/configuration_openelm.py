@@ -98,7 +98,13 @@ class OpenELMConfig(PreTrainedConfig):
         self.rope_freq_constant, self.rope_max_length = rope_freq_constant, rope_max_length
         self.rope_bf16_frequencies = rope_bf16_frequencies
         self.initializer_range, self.use_cache = initializer_range, use_cache
+        self.auto_map = kwargs.pop("auto_map", None) or {}  # trl reads it of every model that transformers lacks
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` says; `auto_map` is in it if Python files are in the folder."""
+        values: dict[str, Any] = super().to_dict()
+        return values if values.get("auto_map") else {k: v for k, v in values.items() if k != "auto_map"}
 
     @property
     def ffn_dims(self) -> list[int]:

@@ -160,7 +160,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as other models of transformers do; to a config that names the Python files, the files are added."""
         own_class = not self.is_remote_code()  # transformers adds the files of classes that came from a folder
-        if own_class and getattr(self.config, "auto_map", None) and kwargs.get("is_main_process", True):
+        if own_class and self.config.auto_map and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(self, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)

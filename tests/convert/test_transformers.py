@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -114,15 +115,10 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("saved_again", [False, True], ids=["as written", "saved again by transformers"])
-def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_path: Path, saved_again: bool) -> None:
+def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_path: Path) -> None:
     folder = tmp_path / "alone"
     with open_source(publish()) as source:
         write(source, folder, Options(to="hf", self_contained=True))
-    if saved_again:
-        loaded(folder).save_pretrained(tmp_path / "again")
-        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
-        folder = tmp_path / "again"
     torch.save(TOKENS, tmp_path / "tokens.pt")
     command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     done = subprocess.run(
@@ -134,6 +130,19 @@ def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_
     with open_source(folder) as source:
         assert source.tokenizer is not None
         assert ids == [source.tokenizer.bos_id, *source.tokenizer.encode("The fox talks.")]
+
+
+def test_a_self_contained_folder_stays_so_when_it_is_saved_again(publish: Publish, tmp_path: Path) -> None:
+    plain = publish()
+    with open_source(plain) as source:
+        write(source, tmp_path / "alone", Options(to="hf", self_contained=True))
+    loaded(tmp_path / "alone").save_pretrained(tmp_path / "again")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "alone").glob("*.py")}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "again").glob("*.py")} == files and len(files) == 2
+    configs = [json.loads((tmp_path / name / "config.json").read_bytes()) for name in ("alone", "again")]
+    assert configs[0]["auto_map"] == configs[1]["auto_map"]
+    loaded(plain).save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
 
 
 def test_the_tokenizer_of_transformers_gives_our_ids(publish: Publish) -> None:
@@ -185,6 +194,7 @@ def test_a_config_that_says_both_is_tied_only_if_both_are(publish: Publish) -> N
     config = transformers.AutoConfig.from_pretrained(publish())
     values = config.to_dict()
     assert "tie_word_embeddings" not in values, "one word for it in the file"
+    assert config.auto_map == {} and "auto_map" not in values
     for share, tie in ((True, False), (False, True), (False, False), (True, True)):
         both = type(config)(**{**values, "share_input_output_layers": share, "tie_word_embeddings": tie})
         assert both.share_input_output_layers == both.tie_word_embeddings == (share and tie)
@@ -199,3 +209,86 @@ def test_more_rows_of_the_vocabulary_are_saved_and_read(publish: Publish, tmp_pa
     with torch.no_grad():
         assert (ours(tmp_path / "wider", TOKENS) - model(TOKENS).logits).abs().max() < 1e-4
     assert load_model(tmp_path / "wider").config.vocab_size == 308
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_beam_search_with_a_cache_is_beam_search_without(publish: Publish) -> None:
+    model = loaded(publish())
+    plain = model.generate(TOKENS[:, :9], num_beams=3, use_cache=False, **GREEDY)
+    for cache in ("dynamic", "static"):
+        options = {"cache_implementation": cache, "disable_compile": True, **GREEDY}
+        assert torch.equal(model.generate(TOKENS[:, :9], num_beams=3, **options), plain)
+    assert not torch.equal(model.generate(TOKENS[:, :9], **GREEDY), plain), "a search that finds more than greed"
+
+
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
+def test_drafts_change_no_token(publish: Publish, drafts: str) -> None:
+    model, row = loaded(publish()), TOKENS[:1, :9].repeat(1, 2)
+    other = loaded(
+        publish(
+            odd_config(num_transformer_layers=1, num_query_heads=[2], num_kv_heads=[1], ffn_multipliers=[0.5]),
+            name="draft",
+        )
+    )
+    options = {"assistant_model": other} if drafts == "assistant" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(row, **options, **GREEDY), model.generate(row, **GREEDY))
+
+
+def test_a_pipeline_writes_what_generate_writes(publish: Publish) -> None:
+    folder = publish()
+    pipeline = transformers.pipeline("text-generation", model=folder, device="cpu")
+    ids = pipeline.tokenizer("The fox", return_tensors="pt").input_ids
+    expected = pipeline.tokenizer.decode(loaded(folder).generate(ids, **GREEDY)[0], skip_special_tokens=True)
+    (found,) = pipeline("The fox", **GREEDY)
+    assert found["generated_text"] == expected
+
+
+def test_weights_can_be_rounded_while_they_are_loaded(publish: Publish, tmp_path: Path) -> None:
+    folder = publish()
+    loaded(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    rounded = {name: value.bfloat16() for name, value in load_model(folder).state_dict().items()}
+    assert weights_sha256(load_model(tmp_path / "rounded").state_dict()) == weights_sha256(rounded)
+
+
+def test_layers_can_lie_on_the_disk(publish: Publish, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder = publish()
+    parts = ("transformer.token_embeddings", "transformer.norm", "lm_head", "transformer.layers.0")
+    places = {**dict.fromkeys(parts, "cpu"), "transformer.layers.1": "disk", "transformer.layers.2": "disk"}
+    offloaded = loaded(folder, device_map=places, offload_folder=tmp_path / "disk")
+    assert offloaded.transformer.layers[2].ffn.proj_1.weight.device.type == "meta"
+    expected = loaded(folder, device_map="auto").generate(TOKENS[:, :9], **GREEDY)
+    assert torch.equal(offloaded.generate(TOKENS[:, :9], **GREEDY), expected)
+
+
+def test_a_compiled_model_is_two_graphs_without_a_break(publish: Publish) -> None:
+    """One graph for the prompt and one for all steps; a static cache keeps its shape, so none is compiled again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = loaded(publish())
+    expected = [model.generate(TOKENS[:, :length], **GREEDY) for length in (9, 9)]
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    model.generation_config.cache_implementation = "static"
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=graphs)
+    for tokens in expected:
+        assert torch.equal(model.generate(tokens[:, :9], **GREEDY), tokens)
+        assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+def test_compiled_code_writes_the_same_tokens(publish: Publish) -> None:
+    model = loaded(publish())
+    rows, mask = TOKENS[:, :9].clone(), torch.ones(2, 9, dtype=torch.long)
+    rows[0, :5], mask[0, :5] = 0, 0
+    expected = model.generate(rows, attention_mask=mask, **GREEDY)
+    everywhere = transformers.CompileConfig(fullgraph=True, mode="default")
+    everywhere._compile_all_devices = True  # generate compiles by itself where there is a GPU
+    options = {"cache_implementation": "static", "compile_config": everywhere, **GREEDY}
+    assert torch.equal(model.generate(rows, attention_mask=mask, **options), expected)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    options = {"cache_implementation": "static", **GREEDY}
+    assert torch.equal(model.generate(rows, attention_mask=mask, **options), expected)
