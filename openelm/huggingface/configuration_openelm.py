@@ -46,6 +46,7 @@ class OpenELMConfig(PreTrainedConfig):
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_transformer_layers",
         "max_position_embeddings": "max_context_length",
+        "tie_word_embeddings": "share_input_output_layers",
     }
 
     def __init__(
@@ -91,13 +92,19 @@ class OpenELMConfig(PreTrainedConfig):
         for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
             if len(getattr(self, name)) != layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {layers} layers")
-        self.share_input_output_layers = share_input_output_layers
+        # A file may say it in both words; both are true unless somebody took the two matrices apart.
+        self.share_input_output_layers = kwargs.pop("tie_word_embeddings", True) and share_input_output_layers
         self.rms_norm_eps = rms_norm_eps
         self.rope_freq_constant, self.rope_max_length = rope_freq_constant, rope_max_length
         self.rope_bf16_frequencies = rope_bf16_frequencies
         self.initializer_range, self.use_cache = initializer_range, use_cache
-        kwargs["tie_word_embeddings"] = share_input_output_layers
+        self.auto_map = kwargs.pop("auto_map", None) or {}  # trl reads it of every model that transformers lacks
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` says; `auto_map` is in it if Python files are in the folder."""
+        values: dict[str, Any] = super().to_dict()
+        return values if values.get("auto_map") else {k: v for k, v in values.items() if k != "auto_map"}
 
     @property
     def ffn_dims(self) -> list[int]:

@@ -5,6 +5,7 @@ Every layer has its own number of heads and its own feed-forward width. Paramete
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -155,6 +157,14 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as other models of transformers do; to a config that names the Python files, the files are added."""
+        own_class = not self.is_remote_code()  # transformers adds the files of classes that came from a folder
+        if own_class and self.config.auto_map and kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
 
 class OpenELMModel(OpenELMPreTrainedModel):
     """Embedding, layers and final norm."""
@@ -192,19 +202,19 @@ class OpenELMModel(OpenELMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(x.shape[1], device=x.device) + past)[None]
-        mask = create_causal_mask(
+        mask = create_causal_mask(  # before there is a cache, with which it would not look for packed documents
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(x.shape[1], device=x.device) + past)[None]
         rotary = rotary_tables(self.config, position_ids)
         hidden_states, attentions = [x], []
         for layer in self.layers:

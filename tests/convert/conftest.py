@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ ODD = {
 PUBLISHED = ("270m", "450m", "1.1b", "3b")
 
 Publish = Callable[..., Path]
+Command = Callable[..., None]
 
 
 def odd_config(**fields: object) -> ModelConfig:
@@ -75,3 +77,20 @@ def publish(tmp_path: Path, tokenizer: Tokenizer) -> Publish:
         return tmp_path / name
 
     return publish
+
+
+@pytest.fixture
+def mlx_command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Return what runs a command of mlx-lm in this process, without what it would compile with a C++ compiler."""
+
+    def run(name: str, *arguments: object) -> None:
+        mx = pytest.importorskip("mlx.core")
+        (found,) = entry_points(group="console_scripts", name=name)
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        mx.disable_compile()
+        try:
+            found.load()()
+        finally:
+            mx.enable_compile()
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,19 @@ def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_
         assert ids == [source.tokenizer.bos_id, *source.tokenizer.encode("The fox talks.")]
 
 
+def test_a_self_contained_folder_stays_so_when_it_is_saved_again(publish: Publish, tmp_path: Path) -> None:
+    plain = publish()
+    with open_source(plain) as source:
+        write(source, tmp_path / "alone", Options(to="hf", self_contained=True))
+    loaded(tmp_path / "alone").save_pretrained(tmp_path / "again")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "alone").glob("*.py")}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "again").glob("*.py")} == files and len(files) == 2
+    configs = [json.loads((tmp_path / name / "config.json").read_bytes()) for name in ("alone", "again")]
+    assert configs[0]["auto_map"] == configs[1]["auto_map"]
+    loaded(plain).save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+
+
 def test_the_tokenizer_of_transformers_gives_our_ids(publish: Publish) -> None:
     folder = publish()
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -150,3 +164,132 @@ def test_importing_registers_the_model_in_any_order(publish: Publish, first: str
     command = [sys.executable, "-c", code, str(publish())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
+
+
+def test_packed_rows_are_separate_documents(publish: Publish) -> None:
+    """Positions that begin again say where a document of a row begins; each attends to itself alone."""
+    model = loaded(publish())
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None].expand(2, -1)
+    with torch.no_grad():
+        apart = torch.cat([model(TOKENS[:, :25]).logits, model(TOKENS[:, 25:]).logits], dim=1)
+        for use_cache in (True, False):
+            packed = model(TOKENS, position_ids=positions, use_cache=use_cache).logits
+            assert (packed - apart).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tie_word_embeddings", "share_input_output_layers"])
+def test_an_output_matrix_of_its_own_is_saved_and_read(publish: Publish, tmp_path: Path, name: str) -> None:
+    """`tie_word_embeddings` is what programs of the ecosystem set, after they trained the output matrix alone."""
+    model = loaded(publish())
+    setattr(model.config, name, False)
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    model.save_pretrained(tmp_path / "untied")
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert torch.equal(loaded(tmp_path / "untied")(TOKENS).logits, expected)
+        assert (ours(tmp_path / "untied", TOKENS) - expected).abs().max() < 1e-4
+
+
+def test_a_config_that_says_both_is_tied_only_if_both_are(publish: Publish) -> None:
+    config = transformers.AutoConfig.from_pretrained(publish())
+    values = config.to_dict()
+    assert "tie_word_embeddings" not in values, "one word for it in the file"
+    assert config.auto_map == {} and "auto_map" not in values
+    for share, tie in ((True, False), (False, True), (False, False), (True, True)):
+        both = type(config)(**{**values, "share_input_output_layers": share, "tie_word_embeddings": tie})
+        assert both.share_input_output_layers == both.tie_word_embeddings == (share and tie)
+    untied = loaded(publish(name="again"), tie_word_embeddings=False)
+    assert untied.config.share_input_output_layers is untied.config.tie_word_embeddings is False
+
+
+def test_more_rows_of_the_vocabulary_are_saved_and_read(publish: Publish, tmp_path: Path) -> None:
+    model = loaded(publish())
+    model.resize_token_embeddings(308)
+    model.save_pretrained(tmp_path / "wider")
+    with torch.no_grad():
+        assert (ours(tmp_path / "wider", TOKENS) - model(TOKENS).logits).abs().max() < 1e-4
+    assert load_model(tmp_path / "wider").config.vocab_size == 308
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_beam_search_with_a_cache_is_beam_search_without(publish: Publish) -> None:
+    model, beams = loaded(publish()), {**GREEDY, "max_new_tokens": 8, "num_beams": 3}
+    plain = model.generate(TOKENS[:, :9], use_cache=False, **beams)
+    for cache in ("dynamic", "static"):
+        kept = model.generate(TOKENS[:, :9], cache_implementation=cache, disable_compile=True, **beams)
+        assert torch.equal(kept, plain)
+    greedy = model.generate(TOKENS[:, :9], **{**beams, "num_beams": 1})
+    assert not torch.equal(greedy, plain), "a search that finds more than greed"
+
+
+@pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
+def test_drafts_change_no_token(publish: Publish, drafts: str) -> None:
+    model, row = loaded(publish()), TOKENS[:1, :9].repeat(1, 2)
+    other = loaded(
+        publish(
+            odd_config(num_transformer_layers=1, num_query_heads=[2], num_kv_heads=[1], ffn_multipliers=[0.5]),
+            name="draft",
+        )
+    )
+    options = {"assistant_model": other} if drafts == "assistant" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(row, **options, **GREEDY), model.generate(row, **GREEDY))
+
+
+def test_a_pipeline_writes_what_generate_writes(publish: Publish) -> None:
+    folder = publish()
+    pipeline = transformers.pipeline("text-generation", model=folder, device="cpu")
+    ids = pipeline.tokenizer("The fox", return_tensors="pt").input_ids
+    expected = pipeline.tokenizer.decode(loaded(folder).generate(ids, **GREEDY)[0], skip_special_tokens=True)
+    (found,) = pipeline("The fox", **GREEDY)
+    assert found["generated_text"] == expected
+
+
+def test_weights_can_be_rounded_while_they_are_loaded(publish: Publish, tmp_path: Path) -> None:
+    folder = publish()
+    loaded(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    rounded = {name: value.bfloat16() for name, value in load_model(folder).state_dict().items()}
+    assert weights_sha256(load_model(tmp_path / "rounded").state_dict()) == weights_sha256(rounded)
+
+
+def test_layers_can_lie_on_the_disk(publish: Publish, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder = publish()
+    parts = ("transformer.token_embeddings", "transformer.norm", "lm_head", "transformer.layers.0")
+    places = {**dict.fromkeys(parts, "cpu"), "transformer.layers.1": "disk", "transformer.layers.2": "disk"}
+    offloaded = loaded(folder, device_map=places, offload_folder=tmp_path / "disk")
+    assert offloaded.transformer.layers[2].ffn.proj_1.weight.device.type == "meta"
+    expected = loaded(folder, device_map="auto").generate(TOKENS[:, :9], **GREEDY)
+    assert torch.equal(offloaded.generate(TOKENS[:, :9], **GREEDY), expected)
+
+
+def test_a_compiled_model_is_two_graphs_without_a_break(publish: Publish) -> None:
+    """One graph for the prompt and one for all steps; a static cache keeps its shape, so none is compiled again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = loaded(publish())
+    expected = [model.generate(TOKENS[:, :length], **GREEDY) for length in (9, 9)]
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    model.generation_config.cache_implementation = "static"
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=graphs)
+    for tokens in expected:
+        assert torch.equal(model.generate(tokens[:, :9], **GREEDY), tokens)
+        assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+def test_compiled_code_writes_the_same_tokens(publish: Publish) -> None:
+    model = loaded(publish())
+    rows, mask = TOKENS[:, :9].clone(), torch.ones(2, 9, dtype=torch.long)
+    rows[0, :5], mask[0, :5] = 0, 0
+    expected = model.generate(rows, attention_mask=mask, **GREEDY)
+    everywhere = transformers.CompileConfig(fullgraph=True, mode="default")
+    everywhere._compile_all_devices = True  # generate compiles by itself where there is a GPU
+    options = {"cache_implementation": "static", "compile_config": everywhere, **GREEDY}
+    assert torch.equal(model.generate(rows, attention_mask=mask, **options), expected)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    options = {"cache_implementation": "static", **GREEDY}
+    assert torch.equal(model.generate(rows, attention_mask=mask, **options), expected)
