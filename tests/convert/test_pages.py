@@ -16,6 +16,7 @@ from .conftest import Publish
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"huggingface": "transformers", "mlx": "mlx_lm", "gguf": "xllamacpp", "onnx": "onnxruntime"}
+PAGES |= {"openvino": "openvino"}
 
 
 @pytest.mark.parametrize("page", PAGES)
