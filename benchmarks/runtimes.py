@@ -2,8 +2,17 @@
 
 Exports the model (or, with --size, random well-scaled weights of a published size) to each runtime that is installed,
 in fp32, and prints for each: the largest difference of a logit over all positions (llama.cpp gives log-probabilities of
-the 20 likeliest tokens), whether those 20 are the same ones, the largest difference of decoding token by token with a
-cache, and where its greedy text leaves ours first, with the gap between our two likeliest logits there.
+the 20 likeliest tokens), at how many positions those 20 are other ones and how far apart our logits of the tokens that
+changed places are, the largest difference of decoding token by token with a cache, and where its greedy text leaves
+ours first, with the gap between our two likeliest logits there. With --size, llama.cpp continues half the length.
+
+mlx-lm on Linux computes with the reference BLAS, 1 GFLOP/s: a 270M at 2,048 positions takes half an hour. With
+`LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0` (Debian: libopenblas0-pthread) the same calls take two minutes;
+then choose `--runtimes mlx-lm`, because PyTorch's products go there too.
+
+openelm-pytorch appears three times. Its norm divides by max(|x|, 1e-6) where the published one adds 1e-6 under the
+root: "+ eps" has the published norm. Its angles are products in fp32, as Apple's and MLX's are: "+ eps + angles" has
+ours, which are products in fp64.
 """
 
 from __future__ import annotations
@@ -11,9 +20,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +36,9 @@ from torch import Tensor
 Logits = Callable[[Sequence[Sequence[int]]], Tensor]
 """Feeds the ids in the given pieces, one after the other with a cache; returns logits (all tokens, vocabulary)."""
 _TOP = 20
+_FIRST_PIECE = 259  # of the made-up tokenizer; control ids and bytes stand before it
+_CHUNK = 256
+"""Positions that MLX computes at a time, so that its graph stays small."""
 
 
 def main() -> None:
@@ -56,8 +71,26 @@ def random_model(folder: Path, size: str) -> Path:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    save_model(folder, model)
+    save_model(folder, model, tokenizer=made_up_tokenizer(model.config.vocab_size))
     return folder
+
+
+def made_up_tokenizer(rows: int) -> Any:
+    """Give every row a piece of its own, because llama.cpp loads no model without a tokenizer."""
+    import sentencepiece.sentencepiece_model_pb2 as protobuf
+
+    from openelm.text.spm import SentencePieceTokenizer
+
+    model = protobuf.ModelProto()
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a"]
+    kinds = [2, 3, 3, *[6] * 256, 1, 1]  # of the format: unknown, control, byte, normal
+    for number in range(rows):
+        piece = names[number] if number < len(names) else f"▁word{number}"
+        model.pieces.add(piece=piece, score=-float(number), type=kinds[number] if number < len(kinds) else 1)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
+    model.trainer_spec.vocab_size = rows
+    model.normalizer_spec.name, model.normalizer_spec.remove_extra_whitespaces = "identity", False
+    return SentencePieceTokenizer(model.SerializeToString())
 
 
 def compare(folder: Path, temporary: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -65,32 +98,56 @@ def compare(folder: Path, temporary: Path, options: argparse.Namespace) -> Itera
     from openelm.text.tokenizer import load_tokenizer
 
     model = load_model(folder, dtype=torch.float32)
-    context, has_text = model.config.max_context_length, (folder / "tokenizer_config.json").exists()
+    context = model.config.max_context_length
     length = min(options.length or context, context)
     ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
-    prompt = []
-    if has_text:
+    prompt: list[int] = []
+    if options.model:
         tokenizer = load_tokenizer(folder)
+        assert tokenizer.bos_id is not None
         prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     ours = ours_of(model)
     expected = ours([ids])
     text = greedy(ours, prompt, min(options.tokens, context - len(prompt))) if prompt else []
     pieces = [ids[: length // 2], *([token] for token in ids[length // 2 :][:32])]
-    about = {"model": str(options.model or options.size), "date": str(date.today())}
+    about = {
+        "model": str(options.model or options.size),
+        "date": str(date.today()),
+        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
+    }
     for name in options.runtimes:
-        if importlib.util.find_spec(RUNTIMES[name][0]) is None:
+        package, make = RUNTIMES[name]
+        if importlib.util.find_spec(package) is None:
             continue
-        logits = RUNTIMES[name][1](folder, temporary / name)
+        if name == "llama.cpp":
+            start, count = (prompt, len(text)) if prompt else (ids[: length // 2], length - length // 2)
+            yield llama_cpp(folder, temporary / name, ours, start, count, text, context) | about
+            continue
+        started = time.perf_counter()
+        logits = make(folder, temporary / name)
         found = logits([ids])
         result = {"runtime": name, "positions": length, "largest difference": float((found - expected).abs().max())}
-        result["same top 20"] = bool(torch.equal(top(found), top(expected)))
+        result |= other_likeliest(found, expected)
         stepped = logits(pieces)
         result["decoding against the whole"] = float((stepped - found[: len(stepped)]).abs().max())
         if prompt:
             result |= divergence(greedy(logits, prompt, len(text)), text, ours, prompt)
-        yield result | about
-    if prompt and importlib.util.find_spec("xllamacpp") is not None:
-        yield llama_cpp(folder, temporary / "llama.cpp", ours, prompt, text, context) | about
+        yield result | {"seconds": round(time.perf_counter() - started)} | about
+
+
+def other_likeliest(found: Tensor, expected: Tensor) -> dict[str, Any]:
+    """Count the positions whose 20 likeliest tokens are other ones, and say how near our logits of those that left are.
+
+    Args:
+        found, expected: logits (positions, vocabulary).
+    """
+    rows = (top(found) != top(expected)).any(1).nonzero().flatten().tolist()
+    gaps = []
+    for row in rows:
+        theirs, mine = (set(logits[row].topk(_TOP).indices.tolist()) for logits in (found, expected))
+        left, came = sorted(mine - theirs), sorted(theirs - mine)
+        gaps.append(float(expected[row, left].max() - expected[row, came].min()))
+    return {"positions of another top 20": len(rows), "widest gap in them": max(gaps, default=None)}
 
 
 def top(logits: Tensor) -> Tensor:
@@ -156,10 +213,30 @@ def onnxruntime_of(folder: Path, out: Path) -> Logits:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(export(folder, out, "onnx") / "model.onnx")
-    inputs = [entry for entry in session.get_inputs() if entry.name.startswith("past")]
+    past = {entry.name: tuple(entry.shape) for entry in session.get_inputs() if entry.name.startswith("past")}
+    return stepping(past, lambda feeds: session.run(None, feeds))
+
+
+def openvino_of(folder: Path, out: Path) -> Logits:
+    """Run OpenVINO in fp32; by default it computes in bf16 where the processor has units for it."""
+    import openvino
+
+    path, settings = export(folder, out, "onnx") / "model.onnx", {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(path, "CPU", settings)
+    shapes = {entry.any_name: entry.partial_shape for entry in model.inputs if entry.any_name.startswith("past")}
+    past = {name: (1, shape[1].get_length(), 0, shape[3].get_length()) for name, shape in shapes.items()}
+    return stepping(past, lambda feeds: [np.array(model_output) for model_output in model(feeds).values()])
+
+
+def stepping(past: dict[str, tuple[int, ...]], run: Callable[[dict[str, Any]], list[Any]]) -> Logits:
+    """Feed pieces to an ONNX graph and carry its cache.
+
+    Args:
+        past: the shape of each input that is a part of the cache, in the order of the outputs.
+    """
 
     def logits(pieces: Sequence[Sequence[int]]) -> Tensor:
-        past = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in inputs}
+        kept = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
         done, found = 0, []
         for piece in pieces:
             feeds = {
@@ -167,8 +244,8 @@ def onnxruntime_of(folder: Path, out: Path) -> Logits:
                 "position_ids": np.arange(done, done + len(piece))[None],
                 "attention_mask": np.ones((1, done + len(piece)), np.int64),
             }
-            output, *present = session.run(None, feeds | past)
-            past, done = dict(zip(past, present, strict=True)), done + len(piece)
+            output, *present = run(feeds | kept)
+            kept, done = dict(zip(kept, present, strict=True)), done + len(piece)
             found.append(torch.from_numpy(output[0]))
         return torch.cat(found)
 
@@ -183,26 +260,43 @@ def mlx_of(folder: Path, out: Path) -> Logits:
     model, _ = load_model(export(folder, out, "mlx"))
 
     def logits(pieces: Sequence[Sequence[int]]) -> Tensor:
-        cache = make_prompt_cache(model)
-        return torch.cat(
-            [torch.from_numpy(np.array(model(mx.array([list(piece)]), cache=cache)[0])) for piece in pieces]
-        )
+        cache, found = make_prompt_cache(model), []
+        for piece in pieces:
+            for start in range(0, len(piece), _CHUNK):
+                part = model(mx.array([list(piece[start : start + _CHUNK])]), cache=cache)[0]
+                found.append(torch.from_numpy(np.array(part)))  # which computes it
+        return torch.cat(found)
 
     return logits
 
 
-def openelm_pytorch_of(folder: Path, out: Path) -> Logits:
+def openelm_pytorch_of(folder: Path, out: Path, *, eps: bool = False, angles: bool = False) -> Logits:
+    """Run openelm-pytorch.
+
+    Args:
+        eps: with the published norm, x / sqrt(mean(x²) + 1e-6), instead of its own.
+        angles: with cosines and sines of fp64 angles instead of its own.
+    """
+    from openelm_pytorch import openelm as theirs
     from openelm_pytorch.config import ModelConfig
-    from openelm_pytorch.openelm import OpenELM
 
     from openelm.model.config import ModelConfig as Ours
     from openelm.model.weights import open_weights
 
     config = Ours.from_file(folder / "config.json")
     names = ("vocab_size", "num_transformer_layers", "model_dim", "head_dim", "ffn_dim_divisor", "num_gqa_groups")
-    model = OpenELM.from_config(ModelConfig(**{name: getattr(config, name) for name in names})).eval()
+    model = theirs.OpenELM.from_config(ModelConfig(**{name: getattr(config, name) for name in names})).eval()
     weights = open_weights(folder).items()
     model.load_state_dict({name.removeprefix("transformer."): tensor.read().float() for name, tensor in weights})
+    turns = torch.outer(
+        torch.arange(config.rope_max_length, dtype=torch.float64),
+        config.rope_freq_constant ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim),
+    )
+    for module in model.modules():
+        if eps and isinstance(module, theirs.RMSNorm):
+            module.forward = partial(published_norm, module.weight, config.rms_norm_eps)
+        if angles and isinstance(module, theirs.RoPE):
+            module._sin, module._cos = turns.sin().float(), turns.cos().float()
 
     @torch.no_grad()
     def logits(pieces: Sequence[Sequence[int]]) -> Tensor:
@@ -217,33 +311,59 @@ def openelm_pytorch_of(folder: Path, out: Path) -> Logits:
     return logits
 
 
-def llama_cpp(folder: Path, out: Path, ours: Logits, prompt: list[int], text: list[int], length: int) -> dict[str, Any]:
-    """Compare llama.cpp, with an fp32 cache and without flash attention, along its own greedy text."""
+def published_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def llama_cpp(
+    folder: Path, out: Path, ours: Logits, prompt: list[int], count: int, text: list[int], length: int
+) -> dict[str, Any]:
+    """Compare llama.cpp, with an fp32 cache and without flash attention, along its own greedy text.
+
+    Args:
+        text: our greedy text, to compare with where it is not empty.
+    """
     import xllamacpp as cpp
 
+    started = time.perf_counter()
     settings = cpp.CommonParams()
     settings.model.path = str(export(folder, out, "gguf") / "model.gguf")
     settings.cache_type_k = settings.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = length + 1, 1, False, 0
-    request = {"prompt": prompt, "max_tokens": len(text), "temperature": 0, "n_probs": _TOP, "ignore_eos": True}
+    request: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "temperature": 0, "n_probs": _TOP}
+    request["ignore_eos"] = True
+    if not text:  # the server holds back what is no whole character
+        request["logit_bias"] = [[number, False] for number in range(_FIRST_PIECE)]
     choice = cpp.Server(settings).handle_completions(request)["choices"][0]
     steps = choice["logprobs"]["content"]
     found = [step["id"] for step in steps]
-    rows = ours([[*prompt, *found]])[len(prompt) - 1 :].log_softmax(-1)
-    entries = [(row, entry) for step, row in zip(steps, rows, strict=False) for entry in step["top_logprobs"]]
-    largest = max(abs(float(row[entry["id"]]) - entry["logprob"]) for row, entry in entries)
-    likeliest = [{entry["id"] for entry in step["top_logprobs"]} for step in steps]
-    same = all(set(row.topk(_TOP).indices.tolist()) == ids for row, ids in zip(rows, likeliest, strict=False))
-    result = {"runtime": "llama.cpp", "positions": len(steps), "largest difference": largest, "same top 20": same}
-    return result | divergence(found, text[: len(found)], ours, prompt)
+    rows = ours([[*prompt, *found[:-1]]])[len(prompt) - 1 :].log_softmax(-1)
+    theirs = [{entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps]
+    apart, gaps = [], []
+    for row, likeliest in zip(rows, theirs, strict=True):
+        apart += [abs(float(row[token]) - value) for token, value in likeliest.items()]
+        left = sorted(set(row.topk(_TOP).indices.tolist()) - likeliest.keys())
+        if left:
+            gaps.append(float(row[left].max()) - min(float(row[token]) for token in likeliest))
+    result: dict[str, Any] = {"runtime": "llama.cpp", "positions": len(steps), "largest difference": max(apart)}
+    result |= {"positions of another top 20": len(gaps), "widest gap in them": max(gaps, default=None)}
+    if text:
+        result |= divergence(found, text[: len(found)], ours, prompt)
+    else:
+        result["last position"] = len(prompt) + len(steps) - 1
+    return result | {"seconds": round(time.perf_counter() - started)}
 
 
-RUNTIMES: dict[str, tuple[str, Callable[[Path, Path], Logits]]] = {
+RUNTIMES: dict[str, tuple[str, Callable[..., Any]]] = {
     "transformers": ("transformers", transformers_of),
     "onnxruntime": ("onnxruntime", onnxruntime_of),
+    "openvino": ("openvino", openvino_of),
     "mlx-lm": ("mlx_lm", mlx_of),
     "openelm-pytorch": ("openelm_pytorch", openelm_pytorch_of),
+    "openelm-pytorch + eps": ("openelm_pytorch", partial(openelm_pytorch_of, eps=True)),
+    "openelm-pytorch + eps + angles": ("openelm_pytorch", partial(openelm_pytorch_of, eps=True, angles=True)),
+    "llama.cpp": ("xllamacpp", llama_cpp),  # compared in its own way
 }
 
 

@@ -103,7 +103,7 @@ def test_imports_point_down(file: Path) -> None:
         ("kernels", "from openelm.text import base", False),
         ("cli", "from openelm import __version__", True),
         ("config", "from openelm.errors import ConfigError", True),
-        ("config", "from openelm.files import sha256_bytes", False),
+        ("config", "from openelm.files.hashes import sha256_bytes", False),
         ("errors", "from openelm.config import Config", False),
         ("attic", "import json", False),
     ],

@@ -1,4 +1,4 @@
-"""The options of `openelm convert`; imports nothing that reads models, so help is instant."""
+"""The options of `openelm convert` and `openelm push`; imports nothing that reads models, so help is instant."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         "--shard-gb", type=float, default=5.0, metavar="N", help="most GB of a file of weights (default: %(default)s)"
     )
     parser.add_argument("--replace", action="store_true", help="replace a folder that was made so before")
+
+
+def add_push_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.add_argument("model", help="model folder, checked before anything is sent")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub, made if there is none")
+    parser.add_argument("--private", action="store_true", help="only you can see it")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if there is none (default: main)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit (default: the number of parameters)")
+    parser.add_argument("--card", metavar="FILE", help="a README.md to upload instead of the folder's")

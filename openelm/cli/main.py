@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from openelm import __version__
-from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options
+from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options, add_push_options
 from openelm.cli.data_options import add_data_actions
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
@@ -37,6 +37,7 @@ _HANDLERS = {
     "data manifest": ("data", "manifest"),
     "data merge": ("data", "merge"),
     "convert": ("convert", "convert"),
+    "push": ("push", "push"),
     "data check": ("data", "check"),
     "data decontaminate": ("clean", "decontaminate"),
     "data dedup": ("clean", "dedup"),
@@ -251,6 +252,14 @@ def _add_models(verbs: Verbs) -> None:
 def _add_convert(verbs: Verbs) -> None:
     add_convert_options(
         _verb(verbs, "convert", "bring a model from any layout to any other, tensor by tensor", CONVERT_EXAMPLE)
+    )
+    add_push_options(
+        _verb(
+            verbs,
+            "push",
+            "publish a model folder on the Hugging Face hub",
+            "openelm push runs/demo/model you/tiny-openelm",
+        )
     )
 
 

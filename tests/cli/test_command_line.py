@@ -13,7 +13,7 @@ from openelm import __version__
 from openelm.cli import main
 
 VERBS = ("demo", "train", "average", "report", "verify", "eval", "inspect", "plan", "bench", "generate", "chat")
-VERBS += ("convert", "data manifest", "data merge", "data check", "data decontaminate", "data dedup")
+VERBS += ("convert", "push", "data manifest", "data merge", "data check", "data decontaminate", "data dedup")
 Failed = Callable[..., str]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -40,11 +40,15 @@ def odd_config(**fields: object) -> ModelConfig:
     return ModelConfig.parse({**ODD, **fields})
 
 
-def shallow(size: str, **fields: object) -> ModelConfig:
-    """A published size with three of its layers, from the first half so that they are not too wide for a test."""
+def shallow(size: str, layers: Sequence[int] | None = None, **fields: object) -> ModelConfig:
+    """A published size with a few of its layers: three of the first half, not too wide for a test, or those asked for.
+
+    Args:
+        layers: their numbers in the published model; -1 is the last.
+    """
     config = model_size(size)
     plan = config.plan
-    chosen = (0, plan.layers // 5, plan.layers // 3)
+    chosen = layers or (0, plan.layers // 5, plan.layers // 3)
 
     def some(row: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(row[layer] for layer in chosen)

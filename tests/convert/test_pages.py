@@ -15,7 +15,13 @@ from openelm.cli.main import main
 from .conftest import Command, Publish
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"huggingface": "transformers", "mlx": "mlx_lm", "gguf": "xllamacpp", "onnx": "onnxruntime"}
+PAGES = {
+    "huggingface": "transformers",
+    "mlx": "mlx_lm",
+    "gguf": "xllamacpp",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+}
 HEAVY = {"peft": "peft", "trl": "trl", "torch.compile": "torch"}
 """What a program of a page contains -> the package that it needs; these run apart."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +43,58 @@ def ours(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
         return load_model(folder)(tokens)
 
 
+def steps_of(config: ModelConfig, run: Callable[[dict[str, Any]], list[Any]]) -> Callable[..., Tensor]:
+    """Return what feeds pieces of a row to an ONNX graph, each with the cache of the ones before it."""
+    kinds = [(layer, kind) for layer in range(config.num_transformer_layers) for kind in ("key", "value")]
+    empty = {
+        f"past_key_values.{layer}.{kind}": np.zeros((1, config.plan.kv_heads[layer], 0, config.head_dim), np.float32)
+        for layer, kind in kinds
+    }
+
+    def logits(*pieces: Tensor) -> Tensor:
+        past, done, parts = dict(empty), 0, []
+        for piece in pieces:
+            feeds = {
+                "input_ids": piece.numpy(),
+                "position_ids": np.arange(done, done + piece.shape[1])[None],
+                "attention_mask": np.ones((1, done + piece.shape[1]), np.int64),
+            }
+            found, *present = run(feeds | past)
+            past, done = dict(zip(past, present, strict=True)), done + piece.shape[1]
+            parts.append(torch.from_numpy(found))
+        return torch.cat(parts, 1)
+
+    return logits
+
+
+def check_steps(logits: Callable[..., Tensor], folder: Path) -> None:
+    """Whole rows, steps with a cache, and the greedy text are ours."""
+    whole = logits(TOKENS)
+    assert (whole - ours(folder)).abs().max() < APART
+    assert (logits(TOKENS[:, :52], *TOKENS[:, 52:].split(1, dim=1)) - whole).abs().max() < APART
+    text = TOKENS[:, :8]
+    for _ in range(12):
+        text = torch.cat((text, logits(*text.split([text.shape[1] - 1, 1], 1))[:, -1:].argmax(-1)), 1)
+    assert torch.equal(ours(folder, text)[:, 7:-1].argmax(-1), text[:, 8:])
+
+
 @pytest.mark.parametrize("size", SHAPES)
 def test_onnxruntime(publish: Publish, tmp_path: Path, size: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     config = shaped(size)
     folder = publish(config)
     session = runtime.InferenceSession(export(folder, tmp_path / "onnx", "onnx") / "model.onnx")
+    check_steps(steps_of(config, lambda feeds: session.run(None, feeds)), folder)
 
-    def run(tokens: Tensor, past: list[Any], start: int) -> tuple[Tensor, list[Any]]:
-        rows, length = tokens.shape
-        feeds = {
-            "input_ids": tokens.numpy(),
-            "position_ids": np.arange(start, start + length)[None].repeat(rows, 0),
-            "attention_mask": np.ones((rows, start + length), np.int64),
-        }
-        names = [entry.name for entry in session.get_inputs() if entry.name.startswith("past")]
-        logits, *present = session.run(None, feeds | dict(zip(names, past, strict=True)))
-        return torch.from_numpy(logits), present
 
-    empty = [
-        np.zeros((1, heads, 0, config.head_dim), np.float32) for heads in config.plan.kv_heads for _ in ("key", "value")
-    ]
-    whole, _ = run(TOKENS, empty, 0)
-    assert (whole - ours(folder)).abs().max() < APART
-    stepped, past = run(TOKENS[:, :52], empty, 0)
-    parts = [stepped]
-    for place in range(52, TOKENS.shape[1]):
-        logits, past = run(TOKENS[:, place : place + 1], past, place)
-        parts.append(logits)
-    assert (torch.cat(parts, 1) - whole).abs().max() < APART
+@pytest.mark.parametrize("size", ("odd", "270m"))
+def test_openvino(publish: Publish, tmp_path: Path, size: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    config = shaped(size)
+    folder = publish(config)
+    path = export(folder, tmp_path / "onnx", "onnx") / "model.onnx"
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    check_steps(steps_of(config, lambda feeds: [np.array(tensor) for tensor in model(feeds).values()]), folder)
 
 
 @pytest.mark.parametrize("size", SHAPES)
