@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "openelm"
 ROWS = (
     ("cli",),
-    ("release", "lab", "bench"),
+    ("release", "lab", "bench", "vllm"),
     ("serve", "evaluate", "train", "convert"),
     ("generate",),
     ("data", "optim", "adapters"),

@@ -1,0 +1,29 @@
+"""The heads of each layer, for the parts of vLLM that plan memory before there is a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+
+class OpenELMHeads(ModelArchConfigConvertorBase):
+    """Describe a model layer by layer: `num_kv_heads` is a list, where vLLM looks for a number."""
+
+    def get_per_layer_hf_configs(self) -> list[tuple[Any, Any]]:
+        """Return a config for each layer that differs from the model's in nothing but its heads."""
+        config, layers = self.hf_text_config, []
+        for query_heads, kv_heads in zip(config.num_query_heads, config.num_kv_heads, strict=True):
+            layer = copy.copy(config)
+            layer.num_query_heads, layer.num_kv_heads = [query_heads], [kv_heads]
+            layers.append((layer, layer))
+        return layers
+
+    def get_total_num_attention_heads(self) -> int:
+        heads: list[int] = self.hf_text_config.num_query_heads
+        return max(heads)
+
+    def get_total_num_kv_heads(self) -> int:
+        heads: list[int] = self.hf_text_config.num_kv_heads
+        return max(heads)
