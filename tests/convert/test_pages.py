@@ -16,7 +16,7 @@ from .conftest import Publish
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"huggingface": "transformers", "mlx": "mlx_lm", "gguf": "xllamacpp", "onnx": "onnxruntime"}
-PAGES |= {"openvino": "openvino"}
+PAGES |= {"openvino": "openvino", "executorch": "executorch"}
 
 
 @pytest.mark.parametrize("page", PAGES)
