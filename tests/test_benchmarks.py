@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import compare, peers, turns, work
+    from benchmarks import compare, peers, runtimes, turns, work
 
     class Modules:
         pass
 
     modules = Modules()
-    modules.__dict__.update(compare=compare, peers=peers, turns=turns, work=work)
+    modules.__dict__.update(compare=compare, peers=peers, runtimes=runtimes, turns=turns, work=work)
     return modules
 
 
@@ -85,3 +85,14 @@ def test_ours_and_the_plain_side_do_the_same_and_a_missing_peer_is_named(
     assert ours["ratio"] == 1
     assert plain["ratio"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"], abs=1e-3)
     assert ours["torch"] == torch.__version__
+
+
+def test_positions_of_another_top_20_are_counted_with_the_gap_of_what_changed_places(benchmarks: Any) -> None:
+    expected = -torch.arange(30.0).repeat(4, 1)
+    found = expected.clone()
+    found[1, [0, 5]] = expected[1, [5, 0]]  # another order of the same twenty
+    found[2, [19, 20]] = expected[2, [20, 19]]
+    found[3, [18, 22]] = expected[3, [22, 18]]
+    counted = benchmarks.runtimes.other_likeliest(found, expected)
+    assert counted == {"positions of another top 20": 2, "widest gap in them": 4.0}
+    assert benchmarks.runtimes.other_likeliest(expected, expected)["positions of another top 20"] == 0

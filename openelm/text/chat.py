@@ -16,8 +16,9 @@ _END = "</s>"  # how `render` shows the end of a message; in ids it is the token
 
 # What the template of CoreNet's openelm-instruct.yaml gives when Hugging Face renders it (trim_blocks,
 # lstrip_blocks): a newline follows each end token and the generation prompt; tags are plain text; other
-# roles are left out.
+# roles are left out. CoreNet left BOS to the tokenizer; libraries add none to a rendered template.
 CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] in ['system', 'user', 'assistant'] %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"

@@ -21,6 +21,7 @@ PAGES = {
     "gguf": "xllamacpp",
     "onnx": "onnxruntime",
     "openvino": "openvino",
+    "executorch": "executorch",
 }
 HEAVY = {"peft": "peft", "trl": "trl", "torch.compile": "torch"}
 """What a program of a page contains -> the package that it needs; these run apart."""
@@ -34,11 +35,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
 
+@pytest.mark.timeout(1000)  # ExecuTorch compiles for minutes
 @pytest.mark.parametrize("page", PAGES)
 def test_everything_on_a_page_runs(
     publish: Publish, page: str, mlx_command: Command, monkeypatch: pytest.MonkeyPatch

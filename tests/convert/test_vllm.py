@@ -250,8 +250,8 @@ def test_a_chat_is_continued_as_we_do(publish: Publish, tmp_path: Path, options:
         write(prepared(source, chosen), folder, chosen)
         assert source.tokenizer is not None
         prompt = encode_chat(source.tokenizer, [Message("user", "the quick brown fox")])
-    body = {"messages": [{"role": "user", "content": "the quick brown fox"}], "add_special_tokens": True}
-    body |= {
+    body = {
+        "messages": [{"role": "user", "content": "the quick brown fox"}],
         "model": str(folder),
         "temperature": 0,
         "max_tokens": NEW,

@@ -45,6 +45,14 @@ def test_render_equals_the_template(template: str, generation_prompt: bool) -> N
     assert render(CHAT, generation_prompt=generation_prompt) == expected
 
 
+def test_our_template_begins_with_the_token_that_begins_a_text() -> None:
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
+    values: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}], "eos_token": "</s>"}
+    without = template.render(values)
+    assert template.render(values, bos_token=None) == without == "<|user|>\nHi</s>\n"
+    assert template.render(values, bos_token="<s>") == "<s>" + without
+
+
 def test_ids_are_bos_then_the_text_with_eos_after_each_message() -> None:
     tokenizer = ByteTokenizer()
     ids = encode_chat(tokenizer, CHAT)
