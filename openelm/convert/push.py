@@ -13,7 +13,7 @@ from openelm.convert.extras import needed
 from openelm.convert.hf import open_hf
 from openelm.convert.source import Source
 from openelm.errors import CheckpointError, ConfigError, OpenELMError, Stopped
-from openelm.files.hashes import FileFacts, read_file
+from openelm.files.hashes import read_file
 from openelm.files.published import MANIFEST, manifest_bytes, verify_folder
 from openelm.model.folder import GENERATION, ORIGIN
 from openelm.model.weights import INDEX, WEIGHTS, weight_files
@@ -84,11 +84,10 @@ def publication(folder: Path, card: Path | None = None) -> Publication:
     for name in chosen:
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise CheckpointError("a link, not a file", file=folder / name, fix=f"cp -rL {folder} COPY, and push that")
+    if vouched:
+        files[MANIFEST] = _manifest_without_card(folder)
     if card is not None:
-        text = _card(card)
-        files[CARD] = text
-        if vouched:
-            files[MANIFEST] = _manifest_with(folder, text)
+        files[CARD] = _card(card)
     return Publication(source, files, tuple(name for name in present if name not in files), vouched)
 
 
@@ -120,10 +119,10 @@ def _card(path: Path) -> bytes:
         raise ConfigError(f"there is no card {path}", fix="--card takes a Markdown file") from None
 
 
-def _manifest_with(folder: Path, card: bytes) -> bytes:
-    facts = FileFacts(len(card))
-    facts.update(card)
-    return manifest_bytes(json.loads(read_file(folder / MANIFEST))["files"] | {CARD: facts.to_json()})
+def _manifest_without_card(folder: Path) -> bytes:
+    """List all files but the card, which people edit on the hub."""
+    listed = json.loads(read_file(folder / MANIFEST))["files"]
+    return manifest_bytes({name: entry for name, entry in listed.items() if name != CARD})
 
 
 def check_name(repo: str) -> None:

@@ -84,12 +84,14 @@ def test_the_command_sends_every_file_byte_for_byte_and_nothing_else(
 def test_what_arrived_is_the_same_model(hub: Hub, publish: Publish, tmp_path: Path) -> None:
     folder = sharded(publish(), tmp_path / "sharded")
     assert main(["push", str(folder), "me/model"]) == 0
-    assert received(hub) == contents(folder)
+    sent, held = received(hub), contents(folder)
+    assert sent | {"manifest.json": b""} == held | {"manifest.json": b""}
     again = tmp_path / "downloaded"
     again.mkdir()
-    for name, data in received(hub).items():
+    for name, data in sent.items():
         (again / name).write_bytes(data)
-    verify_folder(again)
+    (again / "README.md").write_text("edited on the hub")
+    verify_folder(again, names=held.keys() - {"README.md", "manifest.json"})
     expected = load_model(folder).state_dict()
     assert all((tensor == expected[name]).all() for name, tensor in load_model(again).state_dict().items())
 
@@ -123,18 +125,12 @@ def test_a_branch_is_made_and_the_main_one_is_left_alone(hub: Hub, publish: Publ
     assert received(hub, branch="steps/200") == contents(second)
 
 
-def test_a_card_of_ones_own_comes_with_a_manifest_that_knows_it(hub: Hub, publish: Publish, tmp_path: Path) -> None:
-    folder, card = publish(), tmp_path / "card.md"
+def test_a_card_of_ones_own_takes_the_place_of_the_other(hub: Hub, publish: Publish, tmp_path: Path) -> None:
+    folder, card = sharded(publish(), tmp_path / "sharded"), tmp_path / "card.md"
     card.write_text("# Mine\n")
     assert main(["push", str(folder), "me/model", "--card", str(card)]) == 0
-    again = tmp_path / "downloaded"
-    again.mkdir()
-    for name, data in received(hub).items():
-        (again / name).write_bytes(data)
-    verify_folder(again, names=["README.md"])
-    assert (again / "README.md").read_text() == "# Mine\n"
-    same = {name: data for name, data in received(hub).items() if name not in ("README.md", "manifest.json")}
-    assert same.items() <= contents(folder).items()
+    changed = {"README.md": b"# Mine\n", "manifest.json": received(hub)["manifest.json"]}
+    assert received(hub) == contents(folder) | changed
 
 
 def test_a_folder_of_others_gives_the_files_of_a_model(publish: Publish) -> None:
