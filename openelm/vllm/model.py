@@ -66,6 +66,13 @@ class OpenELMAttention(nn.Module):
             quant_config=vllm.quant_config,
             prefix=f"{prefix}.attend",
         )
+        backend = self.attend.attn_backend
+        if not backend.supports_head_size(head_dim):
+            sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+            raise ConfigError(
+                f"heads of {head_dim} numbers, but {backend.get_name()} of vLLM has {sizes}",
+                fix="use another device or --attention-backend, or another runtime (docs/convert.md)",
+            )
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         """Attend from normalised states (T, D); returns (T, D)."""
@@ -148,7 +155,8 @@ class OpenELMForCausalLM(nn.Module):
     """The language model as vLLM wants it; vLLM makes one in each of its tensor-parallel processes.
 
     Raises:
-        ConfigError: the widths do not divide among the processes, or there are no rotary positions for so long a row.
+        ConfigError: the widths do not divide among the processes, there are no rotary positions for so long a row, or
+            vLLM's attention has no heads of this size on the device.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

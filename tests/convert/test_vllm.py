@@ -209,6 +209,13 @@ def test_a_missing_tensor_is_refused(publish: Publish, tmp_path: Path) -> None:
     assert "unexpected transformer.layers.9.attn_norm.weight" in printed
 
 
+@needs_vllm
+def test_heads_of_a_size_that_a_device_lacks_are_refused(publish: Publish, tmp_path: Path) -> None:
+    found, printed = ask(publish(odd_config()), tmp_path, [])
+    assert found is None
+    assert "heads of 16 numbers, but CPU_ATTN of vLLM has 32, 64" in printed
+
+
 @contextmanager
 def served(folder: Path, scratch: Path, *options: str) -> Iterator[str]:
     """Serve a folder as `vllm serve` does; yields the address."""
