@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,12 +151,14 @@ def _quantised(
         packed = gguf.quant_shape_to_byte_shape(shape, quantisation)
     except ValueError:
         raise CheckpointError(f"{name} has the unknown type {kind}, or rows that it cannot have", file=path) from None
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[quantisation][1]), np.uint8), quantisation)  # one block
+    except NotImplementedError:
+        what = f"{name} is {quantisation.name}, which the gguf package cannot unpack"
+        raise CheckpointError(what, file=path, fix="use llama-quantize to make an F32 or Q8_0 file of it") from None
 
     def read() -> Tensor:
         blocks = read_at(path, offset, tuple(packed), torch.uint8)().numpy()
-        try:
-            return torch.from_numpy(gguf.dequantize(blocks, quantisation)).view(shape)
-        except NotImplementedError:
-            raise CheckpointError(f"{name} is {quantisation.name}, which cannot be read", file=path) from None
+        return torch.from_numpy(gguf.dequantize(blocks, quantisation)).view(shape)
 
     return prod(packed), read

@@ -132,6 +132,15 @@ def test_a_model_of_another_architecture_is_named(tmp_path: Path) -> None:
         open_gguf(path)
 
 
+def test_blocks_that_cannot_be_unpacked_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    path, q8_1 = tmp_path / "m.gguf", 9
+    tensor = struct.pack("<Q", 1) + b"x" + struct.pack("<IQIQ", 1, 32, q8_1, 0)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor + bytes(200))
+    with pytest.raises(CheckpointError, match="x is Q8_1, which the gguf package cannot unpack") as caught:
+        read_gguf(path)
+    assert caught.value.file == path and "llama-quantize" in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("name", ["../m.safetensors", "/etc/passwd", "sub/m.safetensors", "m.bin", "..safetensors", 5])
 def test_an_index_names_files_of_its_folder_only(publish: Publish, name: object) -> None:
     folder = publish()
