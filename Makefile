@@ -28,7 +28,7 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 faults: install
-	$(BIN)/pytest -m faults -n 2
+	$(BIN)/pytest -m faults -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff format --check .

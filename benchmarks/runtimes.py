@@ -1,10 +1,11 @@
 """Compare what runtimes compute with one model: python -m benchmarks.runtimes --model runs/demo/model [--json].
 
 Exports the model (or, with --size, random well-scaled weights of a published size) to each runtime that is installed,
-in fp32, and prints for each: the largest difference of a logit over all positions (llama.cpp gives log-probabilities of
-the 20 likeliest tokens), at how many positions those 20 are other ones and how far apart our logits of the tokens that
-changed places are, the largest difference of decoding token by token with a cache, and where its greedy text leaves
-ours first, with the gap between our two likeliest logits there. With --size, llama.cpp continues half the length.
+in fp32, and prints for each: the largest difference of a logit over all positions (llama.cpp and vLLM give
+log-probabilities of the 20 likeliest tokens), at how many positions those 20 are other ones and how far apart our
+logits of the tokens that changed places are, the largest difference of decoding token by token with a cache, and where
+its greedy text leaves ours first, with the gap between our two likeliest logits there. With --size, llama.cpp and vLLM
+continue half the length. vLLM is asked where OPENELM_VLLM_PYTHON names an interpreter that has it (docs/vllm.md).
 
 mlx-lm on Linux computes with the reference BLAS, 1 GFLOP/s: a 270M at 2,048 positions takes half an hour. With
 `LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0` (Debian: libopenblas0-pthread) the same calls take two minutes;
@@ -21,6 +22,8 @@ import argparse
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -34,6 +37,9 @@ from torch import Tensor
 
 Logits = Callable[[Sequence[Sequence[int]]], Tensor]
 """Feeds the ids in the given pieces, one after the other with a cache; returns logits (all tokens, vocabulary)."""
+Steps = list[tuple[int, dict[int, float]]]
+"""What a runtime says: each token, with the log-probabilities of the likeliest at that place."""
+VLLM_PYTHON = os.environ.get("OPENELM_VLLM_PYTHON")
 _TOP = 20
 _FIRST_PIECE = 259  # of the made-up tokenizer; control ids and bytes stand before it
 _CHUNK = 256
@@ -116,11 +122,12 @@ def compare(folder: Path, temporary: Path, options: argparse.Namespace) -> Itera
     }
     for name in options.runtimes:
         package, make = RUNTIMES[name]
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package) is None and not (package == "vllm" and VLLM_PYTHON):
             continue
-        if name == "llama.cpp":
+        if name in TALKERS:
             start, count = (prompt, len(text)) if prompt else (ids[: length // 2], length - length // 2)
-            yield llama_cpp(folder, temporary / name, ours, start, count, text, context) | about
+            steps = make(folder, temporary / name, start, count, made_up=not prompt)
+            yield {"runtime": name} | along_its_text(steps, ours, start, text) | about
             continue
         logits = make(folder, temporary / name)
         found = logits([ids])
@@ -313,13 +320,11 @@ def published_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
-def llama_cpp(
-    folder: Path, out: Path, ours: Logits, prompt: list[int], count: int, text: list[int], length: int
-) -> dict[str, Any]:
-    """Compare llama.cpp, with an fp32 cache and without flash attention, along its own greedy text.
+def llama_cpp(folder: Path, out: Path, prompt: list[int], count: int, *, made_up: bool) -> Steps:
+    """Run llama.cpp with an fp32 cache and without flash attention.
 
     Args:
-        text: our greedy text, to compare with where it is not empty.
+        made_up: whether the tokenizer is; then no byte is said, for the server holds back what is no whole character.
     """
     import xllamacpp as cpp
 
@@ -327,29 +332,55 @@ def llama_cpp(
     settings.model.path = str(export(folder, out, "gguf") / "model.gguf")
     settings.cache_type_k = settings.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = length + 1, 1, False, 0
+    settings.n_ctx = len(prompt) + count + 1
+    settings.n_parallel, settings.warmup, settings.verbosity = 1, False, 0
     request: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "temperature": 0, "n_probs": _TOP}
     request["ignore_eos"] = True
-    if not text:  # the server holds back what is no whole character
+    if made_up:
         request["logit_bias"] = [[number, False] for number in range(_FIRST_PIECE)]
     choice = cpp.Server(settings).handle_completions(request)["choices"][0]
-    steps = choice["logprobs"]["content"]
-    found = [step["id"] for step in steps]
+    return [
+        (step["id"], {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]})
+        for step in choice["logprobs"]["content"]
+    ]
+
+
+def vllm(folder: Path, out: Path, prompt: list[int], count: int, *, made_up: bool) -> Steps:
+    """Run vLLM in the environment that has it."""
+    out.mkdir()
+    options = {"model": str(folder.absolute()), "dtype": "float32", "enforce_eager": True}
+    options |= {"max_model_len": len(prompt) + count, "kv_cache_memory_bytes": 1 << 29}
+    request = {"temperature": 0, "max_tokens": count, "logprobs": _TOP, "ignore_eos": True}
+    question = {"options": options, "asked": [{"prompts": [prompt], "options": request}]}
+    (out / "question.json").write_text(json.dumps(question))
+    program, python = Path(__file__).with_name("ask_vllm.py"), VLLM_PYTHON or sys.executable
+    with (out / "log").open("wb") as log:
+        done = subprocess.run([python, program, out / "question.json", out / "answers.json"], stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit((out / "log").read_text()[-4000:])
+    answer = json.loads((out / "answers.json").read_text())["answers"][0][0]
+    return [(number, dict(step)) for number, step in zip(answer["ids"], answer["steps"], strict=True)]
+
+
+def along_its_text(steps: Steps, ours: Logits, prompt: list[int], text: list[int]) -> dict[str, Any]:
+    """Compare log-probabilities along a runtime's own greedy text.
+
+    Args:
+        text: our greedy text, to compare with where it is not empty.
+    """
+    found = [number for number, _ in steps]
     rows = ours([[*prompt, *found[:-1]]])[len(prompt) - 1 :].log_softmax(-1)
-    theirs = [{entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps]
     apart, gaps = [], []
-    for row, likeliest in zip(rows, theirs, strict=True):
+    for row, (_, likeliest) in zip(rows, steps, strict=True):
         apart += [abs(float(row[token]) - value) for token, value in likeliest.items()]
         left = sorted(set(row.topk(_TOP).indices.tolist()) - likeliest.keys())
         if left:
             gaps.append(float(row[left].max()) - min(float(row[token]) for token in likeliest))
-    result: dict[str, Any] = {"runtime": "llama.cpp", "positions": len(steps), "largest difference": max(apart)}
+    result: dict[str, Any] = {"positions": len(steps), "largest difference": max(apart)}
     result |= {"positions of another top 20": len(gaps), "widest gap in them": max(gaps, default=None)}
     if text:
-        result |= divergence(found, text[: len(found)], ours, prompt)
-    else:
-        result["last position"] = len(prompt) + len(steps) - 1
-    return result
+        return result | divergence(found, text[: len(found)], ours, prompt)
+    return result | {"last position": len(prompt) + len(steps) - 1}
 
 
 RUNTIMES: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -360,8 +391,11 @@ RUNTIMES: dict[str, tuple[str, Callable[..., Any]]] = {
     "openelm-pytorch": ("openelm_pytorch", openelm_pytorch_of),
     "openelm-pytorch + eps": ("openelm_pytorch", partial(openelm_pytorch_of, eps=True)),
     "openelm-pytorch + eps + angles": ("openelm_pytorch", partial(openelm_pytorch_of, eps=True, angles=True)),
-    "llama.cpp": ("xllamacpp", llama_cpp),  # compared in its own way
+    "llama.cpp": ("xllamacpp", llama_cpp),
+    "vllm": ("vllm", vllm),
 }
+TALKERS = ("llama.cpp", "vllm")
+"""They give no logits, but log-probabilities of what they say."""
 
 
 if __name__ == "__main__":

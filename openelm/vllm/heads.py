@@ -1,4 +1,4 @@
-"""The heads of each layer, for the parts of vLLM that plan memory before there is a model."""
+"""How many heads each layer has and how wide they are kept, for vLLM plans memory before there is a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import copy
 from typing import Any
 
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+ATTENTION_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # what vLLM's attention on CPUs and GPUs shares
+
+
+def kept_head_size(head_dim: int) -> int:
+    """Return how many numbers of a head attention sees: the next size that it has; zeros fill what is added.
+
+    Zeros add nothing to a product of query and key, and what they give for values is cut off: only the cache grows.
+    """
+    return next((size for size in ATTENTION_HEAD_SIZES if size >= head_dim), head_dim)
 
 
 class OpenELMHeads(ModelArchConfigConvertorBase):
@@ -27,3 +37,6 @@ class OpenELMHeads(ModelArchConfigConvertorBase):
     def get_total_num_kv_heads(self) -> int:
         heads: list[int] = self.hf_text_config.num_kv_heads
         return max(heads)
+
+    def get_head_size(self) -> int:
+        return kept_head_size(super().get_head_size())

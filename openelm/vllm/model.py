@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -28,6 +29,7 @@ from openelm.errors import ConfigError
 from openelm.model.config import ModelConfig
 from openelm.model.rotary import RotaryTable
 from openelm.model.weights import LazyTensor, check_shapes
+from openelm.vllm.heads import kept_head_size
 from openelm.vllm.sharding import kv_copies, with_copies
 
 
@@ -55,11 +57,11 @@ class OpenELMAttention(nn.Module):
         )
         self.out_proj = RowParallelLinear(heads * head_dim, dim, prefix=f"{prefix}.out_proj", **quantised)
         self.q_norm, self.k_norm = RMSNorm(head_dim, eps=eps), RMSNorm(head_dim, eps=eps)
-        self.rotary, self.head_dim = rotary, head_dim
+        self.rotary, self.head_dim, self.kept = rotary, head_dim, kept_head_size(head_dim)
         self.heads, self.kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.attend = Attention(
             self.heads,
-            head_dim,
+            self.kept,
             head_dim**-0.5,
             num_kv_heads=self.kv_heads,
             cache_config=vllm.cache_config,
@@ -67,7 +69,7 @@ class OpenELMAttention(nn.Module):
             prefix=f"{prefix}.attend",
         )
         backend = self.attend.attn_backend
-        if not backend.supports_head_size(head_dim):
+        if not backend.supports_head_size(self.kept):
             sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
             raise ConfigError(
                 f"heads of {head_dim} numbers, but {backend.get_name()} of vLLM has {sizes}",
@@ -81,8 +83,14 @@ class OpenELMAttention(nn.Module):
         query = self.q_norm(query.unflatten(-1, (self.heads, self.head_dim))).flatten(-2)  # (T, Hq · E)
         key = self.k_norm(key.unflatten(-1, (self.kv_heads, self.head_dim))).flatten(-2)  # (T, Hk · E)
         query, key = self.rotary(positions, query, key)
-        projected: Tensor = self.out_proj(self.attend(query, key, value))[0]
+        attended = self.attend(self._wider(query), self._wider(key), self._wider(value))
+        attended = attended.unflatten(-1, (self.heads, self.kept))
+        projected: Tensor = self.out_proj(attended[..., : self.head_dim].flatten(-2))[0]
         return projected
+
+    def _wider(self, x: Tensor) -> Tensor:
+        """Fill the heads of states (T, heads · E) with zeros up to the size that attention sees."""
+        return F.pad(x.view(x.shape[0], -1, self.head_dim), (0, self.kept - self.head_dim)).flatten(-2)
 
 
 class OpenELMFeedForward(nn.Module):

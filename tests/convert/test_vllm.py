@@ -53,7 +53,7 @@ def needs_vllm(test: Any) -> Any:
 APART = 1e-3
 NEW = 20
 CACHE_BYTES, BLOCK_TOKENS = 1 << 28, 32
-ODD_HEADS = {"head_dim": 32, "num_query_heads": [2, 6, 4], "num_kv_heads": [2, 2, 1]}  # 32: the least on CPUs
+ODD_HEADS = {"head_dim": 32, "num_query_heads": [2, 6, 4], "num_kv_heads": [2, 2, 1]}
 
 
 def test_the_entry_point_is_what_registers() -> None:
@@ -120,7 +120,7 @@ def ask(folder: Path, scratch: Path, asked: list[Any], **options: Any) -> tuple[
     question = {"options": {"model": str(folder), **usual, "block_size": BLOCK_TOKENS, **options}, "asked": asked}
     (scratch / "question.json").write_text(json.dumps(question))
     files = [str(scratch / "question.json"), str(scratch / "answers.json")]
-    command = [VLLM_PYTHON, str(Path(__file__).with_name("vllm_check.py")), *files]
+    command = [VLLM_PYTHON, str(ROOT / "benchmarks" / "ask_vllm.py"), *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=environment(scratch), cwd=scratch)
     printed = done.stdout + done.stderr
     return (json.loads(Path(files[1]).read_text()) if done.returncode == 0 else None), printed
@@ -153,6 +153,7 @@ def are_likeliest(ids: list[int], expected: Tensor) -> bool:
 
 CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "odd": (odd_config(**ODD_HEADS), {}),
+    "heads of 16, kept as 32": (odd_config(), {}),
     "untied": (odd_config(**ODD_HEADS, share_input_output_layers=False), {}),
     "rounded": (odd_config(**ODD_HEADS, rope_bf16_frequencies=True), {}),
     "270m": (shallow("270m"), {"max_num_batched_tokens": 64, "max_num_seqs": 3}),
@@ -190,9 +191,23 @@ def test_vllm_computes_what_we_compute(publish: Publish, tmp_path: Path, case: s
     processes = options.get("tensor_parallel_size", 1)
     copies = kv_copies(config.plan, processes)
     heads = sum(heads * times for heads, times in zip(config.num_kv_heads, copies, strict=True)) // processes
-    block_bytes = 2 * heads * config.head_dim * 4 * BLOCK_TOKENS
+    block_bytes = 2 * heads * max(config.head_dim, 32) * 4 * BLOCK_TOKENS
     assert found["block_tokens"] == BLOCK_TOKENS
     assert found["blocks"] == CACHE_BYTES // block_bytes, "each layer's cache is as wide as its heads"
+
+
+@needs_vllm
+def test_the_270m_as_it_is(publish: Publish, tmp_path: Path) -> None:
+    """The real size, prompts of unequal lengths together; the 20 likeliest tokens of each position."""
+    folder, generator = publish(model_size("270m")), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 32_000, (length,), generator=generator).tolist() for length in (1024, 7, 300)]
+    options = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 20}
+    found, printed = ask(folder, tmp_path, [{"prompts": prompts, "options": options}], kv_cache_memory_bytes=1 << 29)
+    assert found is not None, printed[-4000:]
+    model = load_model(folder)
+    for prompt, answer in zip(prompts, found["answers"][0], strict=True):
+        assert len(answer["prompt"]) == len(prompt) - 1
+        assert furthest(answer["prompt"], logits(model, prompt)) < APART
 
 
 @needs_vllm
@@ -211,9 +226,9 @@ def test_a_missing_tensor_is_refused(publish: Publish, tmp_path: Path) -> None:
 
 @needs_vllm
 def test_heads_of_a_size_that_a_device_lacks_are_refused(publish: Publish, tmp_path: Path) -> None:
-    found, printed = ask(publish(odd_config()), tmp_path, [])
+    found, printed = ask(publish(odd_config(head_dim=264)), tmp_path, [])
     assert found is None
-    assert "heads of 16 numbers, but CPU_ATTN of vLLM has 32, 64" in printed
+    assert "heads of 264 numbers, but CPU_ATTN of vLLM has 32, 64" in printed
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ask vLLM what a model folder predicts; test_vllm.py runs this with the interpreter that has vLLM.
+"""Ask vLLM what a model folder predicts; runtimes.py and the tests run this with the interpreter that has vLLM.
 
 Reads a JSON object from the file named first: `options` of vllm.LLM, and `asked`, a list of requests with `prompts`
 (lists of ids) and `options` of vllm.SamplingParams. Writes one to the file named second: `blocks` of the cache and
