@@ -94,12 +94,15 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         if fault == "less":  # a whole answer, but of fewer bytes than were asked for
             part = part[: len(part) // 2]
         self.send_header("Content-Length", str(len(part)))
+        if fault in ("short", "stall"):
+            part = part[: len(part) // 2]
+        if body:
+            self.sent.append(len(part))  # first: with the head of an empty answer the client has all of it
         self.end_headers()
         if body:
-            self._write(part[: len(part) // 2] if fault in ("short", "stall") else part, fault)
+            self._write(part, fault)
 
     def _write(self, part: bytes, fault: str) -> None:
-        self.sent.append(len(part))
         step = 1 + len(part) // 4 if fault == "slow" else max(1, len(part))
         for at in range(0, len(part), step):
             self.wfile.write(part[at : at + step])
