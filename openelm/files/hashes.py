@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from isal import isal_zlib  # zlib's checksum at three times its speed, which conversions wait for
 
 READ_BYTES = 1 << 20
 _LEAST_PIECE_BYTES, _MOST_PIECES = 1 << 12, 1 << 10
@@ -50,7 +51,7 @@ def canonical_json(value: Any) -> bytes:
 
 def crc32(data: bytes) -> str:
     """Return the checksum of bytes as eight hex digits."""
-    return f"{zlib.crc32(data):08x}"
+    return f"{isal_zlib.crc32(data):08x}"
 
 
 def piece_bytes(size: int) -> int:
@@ -83,7 +84,7 @@ class FileFacts:
         data, length = memoryview(data), piece_bytes(self.size)
         while data:
             part = data[: length - self._seen % length]
-            self._piece = zlib.crc32(part, self._piece)
+            self._piece = isal_zlib.crc32(part, self._piece)
             self._seen += len(part)
             if self._seen % length == 0 or self._seen == self.size:
                 self._pieces.append(f"{self._piece:08x}")
