@@ -28,7 +28,7 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 faults: install
-	$(BIN)/pytest -m faults -n 2 --dist worksteal
+	$(BIN)/pytest -m faults -n 2
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-ATTENTION_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # what vLLM's attention on CPUs and GPUs shares
+ATTENTION_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of its attention on CPUs, up to 256
 
 
 def kept_head_size(head_dim: int) -> int:
