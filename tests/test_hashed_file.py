@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openelm.files import hashed
 from openelm.files.hashed import HashedFile
 from openelm.files.hashes import facts_of_file
 
@@ -34,42 +34,31 @@ def test_its_facts_are_those_of_the_file(
     assert file.facts.to_json() == facts_of_file(path).to_json()
 
 
-def test_it_goes_to_the_disk_while_it_is_written_and_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_disk_has_it_when_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    path, real = tmp_path / "file", os.fsync
+    real = os.fsync
 
     def fsync(descriptor: int) -> None:
         real(descriptor)
         synced.append(os.fstat(descriptor).st_size)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(hashed, "_SYNC_BYTES", MIB)
-    with HashedFile(path, 40 * MIB) as file:
-        for _ in range(40):
-            file.write(bytes(MIB))
-    assert synced[-1] == 40 * MIB
-    assert 2 <= len(synced) <= 41
+    with HashedFile(tmp_path / "file", 9 * MIB + 1) as file:
+        file.write(bytes(9 * MIB + 1))
+    assert synced == [9 * MIB + 1]
 
 
-@pytest.mark.parametrize("refused", [1, 2], ids=["while it is written", "at the end"])
+@pytest.mark.parametrize("refused", [os.write, os.fsync], ids=["while it is written", "at the end"])
 def test_a_disk_that_refuses_is_an_error_and_no_thread_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., object]
 ) -> None:
-    before, calls, real = threading.active_count(), 0, os.fsync
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fsync(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == refused:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(hashed, "_SYNC_BYTES", MIB)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), HashedFile(tmp_path / "file", MIB) as file:
-        file.write(bytes(MIB))
+    before = threading.active_count()
+    monkeypatch.setattr(os, refused.__name__, refuse)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), HashedFile(tmp_path / "file", 9 * MIB) as file:
+        file.write(bytes(9 * MIB))
     assert threading.active_count() == before
 
 
