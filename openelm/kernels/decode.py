@@ -16,7 +16,7 @@ GROUP = 64  # numbers of a quantised row that share a scale, as in cpp/few_rows.
 
 
 class Weight(NamedTuple):
-    """A matrix (out, in) of fp32 or bf16; of few bits with scales and biases (out, in / 64), as in `model.quantized`."""
+    """A matrix (out, in) of fp32 or bf16, or of few bits with scales and biases (out, in / 64): `model.quantized`."""
 
     numbers: Tensor
     scales: Tensor | None = None
@@ -70,7 +70,9 @@ class DecodeKernel:
         cos, sin: of every position that fits in the cache, each (length, head_dim / 2), fp32.
     """
 
-    def __init__(self, blocks: Sequence[Block], norm: Tensor, head: Weight, cos: Tensor, sin: Tensor, eps: float) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], norm: Tensor, head: Weight, cos: Tensor, sin: Tensor, eps: float
+    ) -> None:
         self._eps = eps
         self._vocabulary = len(head.numbers)
         length, head_dim = blocks[0].keys.shape[2:]

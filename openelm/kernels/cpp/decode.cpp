@@ -4,6 +4,7 @@
 // sequences or on the number of threads.
 #include "few_rows.h"
 #include "heads.h"
+#include "team.h"
 
 namespace openelm {
 
@@ -95,9 +96,8 @@ static void gate(float* to, const float* up, long count) {
 template <class T>
 static void place_heads(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
     long dim = model.head_dim;
-#pragma omp for collapse(2) schedule(static)
-    for (long i = 0; i < tokens.count; i++)
-        for (long head = 0; head < block.heads(); head++) {
+    for_my_share(tokens.count * block.heads(), [&](long task) {
+            long i = task / block.heads(), head = task % block.heads();
             float* x = state.wide + i * state.wide_row + head * dim;
             Turn turn = Turn{model.cos, model.sin, dim / 2}.at(tokens.positions[i]);
             long kv_head = head - block.query_heads, v_head = kv_head - block.kv_heads;
@@ -110,7 +110,7 @@ static void place_heads(const Model& model, const Block& block, const Tokens& to
                 T* to = (T*)block.values + ((slot + v_head) * model.length + position) * dim;
                 by_vectors(dim, [=](long k, long n) { store_some(to + k, load_some(x + k, n), n); });
             }
-        }
+    });
 }
 
 // Scores of TOGETHER queries (each of `parts` whole vectors, zero beyond) with `count` keys: scores[query][key].
@@ -205,12 +205,11 @@ static void attend_to_chunk(
 template <class T>
 static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state) {
     long tasks = tokens.count * block.kv_heads * state.chunks;
-#pragma omp for schedule(static, 1)
-    for (long task = 0; task < tasks; task++) {
+    for_my_share(tasks, [&](long task) {
         long chunk = task % state.chunks, pair = task / state.chunks;
         long token = pair / block.kv_heads, kv_head = pair % block.kv_heads;
         if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk);
-    }
+    });
 }
 
 // The heads of a token, each put together from its chunks in order.
@@ -266,7 +265,10 @@ static void project_gated(const Model& model, const Block& block, const Tokens& 
 }
 
 template <class T>
-static void compute(const Model& model, const Tokens& tokens, const State& state, float eps, float* logits) {
+static void compute(
+    const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
+) {
+    auto wait = [&] { barrier.wait(omp_get_num_threads()); };
     long dim = model.dim, count = tokens.count;
     for (long layer = 0; layer < model.layers; layer++) {
         const Block& block = model.blocks[layer];
@@ -274,19 +276,21 @@ static void compute(const Model& model, const Tokens& tokens, const State& state
         project(
             block.qkv, block.heads() * model.head_dim, dim, count, normalised, state.wide, state.wide_row, false
         );
-#pragma omp barrier
+        wait();
         place_heads<T>(model, block, tokens, state, eps);
+        wait();
         attend<T>(model, block, tokens, state);
+        wait();
         auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
         project(block.out, dim, block.query_heads * model.head_dim, count, attended, state.x, dim, true);
-#pragma omp barrier
+        wait();
         project_gated(model, block, tokens, state, eps);
-#pragma omp barrier
+        wait();
         auto gated = [&](long i, float* to) {
             std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
         };
         project(block.down, dim, block.ffn_dim, count, gated, state.x, dim, true);
-#pragma omp barrier
+        wait();
     }
     auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
     project(model.head, model.vocabulary, dim, count, normalised, logits, model.vocabulary, false);
@@ -314,6 +318,7 @@ extern "C" void openelm_decode(
     long wide = count * state.wide_row;
     state.wide = shared.floats(wide + count * most_heads * state.chunks * (model.head_dim + 2));
     state.attended = state.wide + wide;
+    Barrier barrier;
 #pragma omp parallel num_threads(threads)
-    by_dtype(model.cache_is_bf16, [&](auto kind) { compute<decltype(kind)>(model, tokens, state, eps, logits); });
+    by_dtype(model.cache_is_bf16, [&](auto kind) { compute<decltype(kind)>(model, tokens, state, barrier, eps, logits); });
 }

@@ -44,6 +44,11 @@ typedef float narrow;
 // STEP numbers of a row of a weight, as operands.
 template <class Input> struct Operands {
     vec part[STEP / WIDTH];
+    template <class T> static inline Operands of(const T* p) {
+        Operands result;
+        for (long i = 0; i < STEP / WIDTH; i++) result.part[i] = load(p + i * WIDTH);
+        return result;
+    }
     inline vec times(const float* x, vec total) const {
         for (long i = 0; i < STEP / WIDTH; i++) total += part[i] * load(x + i * WIDTH);
         return total;
@@ -53,6 +58,9 @@ template <class Input> struct Operands {
 #if defined(__AVX512BF16__)
 template <> struct Operands<bf16> {
     __m512bh part[2];
+    static inline Operands of(const bf16* p) {
+        return {{(__m512bh)_mm512_loadu_si512(p), (__m512bh)_mm512_loadu_si512(p + 32)}};
+    }
     inline vec times(const bf16* x, vec total) const {
         __m512 sum = (__m512)total;
         for (long i = 0; i < 2; i++) sum = _mm512_dpbf16_ps(sum, part[i], (__m512bh)_mm512_loadu_si512(x + i * 32));
@@ -65,14 +73,7 @@ template <class T> struct Plain {
     using Input = std::conditional_t<std::is_same_v<T, bf16>, narrow, float>;
     static constexpr bool in_groups = false;
     static constexpr long bytes = STEP * sizeof(T);
-    static inline Operands<Input> read(const uint8_t* p) {
-        Operands<Input> result;
-        if constexpr (std::is_same_v<Input, bf16>)
-            std::memcpy(result.part, p, bytes);
-        else
-            for (long i = 0; i < STEP / WIDTH; i++) result.part[i] = load((const T*)p + i * WIDTH);
-        return result;
-    }
+    static inline Operands<Input> read(const uint8_t* p) { return Operands<Input>::of((const T*)p); }
 };
 
 template <class S, long bits> struct Grouped {
@@ -177,11 +178,14 @@ void tile(
     long steps = columns / STEP, bytes = Kind::in_groups ? steps * Kind::bytes : columns * Kind::bytes / STEP;
     const uint8_t* from[TILE];
     for (long r = 0; r < TILE; r++) from[r] = weight.numbers + std::min(first + r, rows - 1) * bytes;
+    // Four rows at a time confuse what a CPU foresees: memory is asked for in one line, two tiles ahead.
+    const uint8_t* ahead = from[0] + 2 * TILE * bytes;
     vec total[TILE * places] = {};
     auto add_step = [&](long k, const uint8_t* const (&at)[TILE], const float (*scales)[GROUPS]) {
+#pragma GCC unroll 4
         for (long r = 0; r < TILE; r++) {
-            for (long i = 0; i < Kind::bytes; i += 64) __builtin_prefetch(at[r] + TILE * bytes + i);  // of the next tile
             auto numbers = Kind::read(at[r]);
+#pragma GCC unroll 4
             for (long i = 0; i < count; i++) {
                 vec& sum = total[r * places + i];
                 const auto* input = x.numbers + i * x.stride + k * STEP;
@@ -202,6 +206,8 @@ void tile(
                 auto *biases = (const typename Kind::Scale*)weight.biases + group;
                 by_vectors(end - start, [&](long g, long n) {
                     store_some(scales[r] + g, load_some(factors + g, n), n);
+                    __builtin_prefetch(factors + 2 * TILE * steps + g);
+                    __builtin_prefetch(biases + 2 * TILE * steps + g);
                     vec bias = load_some(biases + g, n);
                     for (long i = 0; i < count; i++)
                         total[r * places + i] += bias * load_some(x.sums + i * x.groups() + start + g, n);
@@ -210,6 +216,8 @@ void tile(
         for (long k = start; k < end; k++) {
             const uint8_t* at[TILE];
             for (long r = 0; r < TILE; r++) at[r] = from[r] + k * Kind::bytes;
+#pragma GCC unroll 16
+            for (long i = 0; i < TILE * Kind::bytes; i += 64) __builtin_prefetch(ahead + k * TILE * Kind::bytes + i);
             add_step(k, at, scales);
         }
     }
@@ -218,7 +226,8 @@ void tile(
             uint8_t last[TILE][Kind::bytes] = {};
             for (long r = 0; r < TILE; r++)
                 std::memcpy(last[r], from[r] + steps * Kind::bytes, bytes - steps * Kind::bytes);
-            const uint8_t* at[TILE] = {last[0], last[1], last[2], last[3]};
+            const uint8_t* at[TILE];
+            for (long r = 0; r < TILE; r++) at[r] = last[r];
             add_step(steps, at, nullptr);
         }
     float results[WIDTH];
