@@ -95,7 +95,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConfigError(f"the constraint cannot be followed: {_first_line(self._matcher.get_error())}", fix=_FIX)
+            raise ConfigError(f"the constraint cannot be followed: {_told(self._matcher.get_error())}", fix=_FIX)
 
 
 def _description(config: SamplingConfig, *, after_space: bool) -> str:
@@ -110,14 +110,14 @@ def _description(config: SamplingConfig, *, after_space: bool) -> str:
         if config.json_schema is not None:
             part = {"json_schema": {**config.json_schema, "x-guidance": _JSON_STYLE}}
         elif config.regex is not None:
-            part = {"lark_grammar": f"start: /{library.regex_to_lark(config.regex, '')}/"}
+            part = {"lark_grammar": f"start: /{library.regex_to_lark(config.regex, 'dw')}/"}
         else:
             part = {"lark_grammar": config.grammar}
         # Without forcing every spelling of a text is allowed; with it only the one that `encode` gives.
         start = '%llguidance {"no_forcing": true}\nstart: ' + ('" " @text' if after_space else "@text")
         text = json.dumps({"grammars": [{"lark_grammar": start}, {"name": "text", **part}]})
     except (RecursionError, TypeError, ValueError) as error:
-        what = _first_line(str(error)) or type(error).__name__
+        what = _told(str(error)) or type(error).__name__
         raise ConfigError(f"the constraint cannot be read: {what}", fix=_FIX) from None
     if len(text) > _LARGEST_BYTES:
         raise ConfigError(f"the constraint has {len(text):,} bytes; at most {_LARGEST_BYTES:,} are allowed", fix=_FIX)
@@ -170,5 +170,7 @@ def _library() -> Any:
     return importlib.import_module("llguidance")
 
 
-def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0][:200]
+def _told(message: str) -> str:
+    """Take the line of a message that says what is wrong: a regex's comes after a drawing of where."""
+    lines = message.strip().splitlines() or [""]
+    return next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")[:200]

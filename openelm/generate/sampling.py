@@ -42,7 +42,7 @@ class SamplingConfig(Config):
     json_schema: dict[str, Any] | None = None
     """The text is JSON, as `json.dumps` writes it, that this JSON Schema accepts; {} accepts any."""
     regex: str | None = None
-    """The whole text matches this regular expression: Rust's syntax, without assertions inside."""
+    """The whole text matches this regular expression: Rust's syntax, no word boundaries, ASCII for \\d and \\w."""
     grammar: str | None = None
     """The whole text follows this grammar from its rule `start`: EBNF as Lark writes it, in llguidance's variety."""
     max_tokens: int = Field(256, ge=1)

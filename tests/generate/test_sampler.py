@@ -160,6 +160,7 @@ def test_generated_tokens_carry_the_likeliest_ones(model: OpenELM, tokenizer: To
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and `pytest -m gpu`")
 def test_a_step_never_waits_for_the_device() -> None:
     config = SamplingConfig(
         temperature=0.9,
