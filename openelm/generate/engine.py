@@ -9,10 +9,10 @@ from itertools import count
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from openelm.errors import ConfigError, NumericError
-from openelm.generate.sampling import SamplingConfig, choose
+from openelm.generate.sampler import Choice, Sampler
+from openelm.generate.sampling import SamplingConfig
 from openelm.generate.stop import StopStrings
 from openelm.model.cache import KeyValueCache
 from openelm.model.transformer import OpenELM
@@ -31,12 +31,14 @@ class Token:
         logprob: natural log of the model's own probability, before penalty, temperature and filters.
         finish_reason: on the last token alone: "stop" (end of text, or a stop string) or "length"
             (max_tokens, or the context is full).
+        top: the likeliest tokens here, (id, logprob) each, most likely first; as many as the config asks for.
     """
 
     id: int
     text: str
     logprob: float
     finish_reason: FinishReason | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def make_cache(model: OpenELM, length_tokens: int) -> KeyValueCache:
@@ -62,7 +64,8 @@ def generate(
             id but the last one generated. None makes one.
 
     Raises:
-        ConfigError: the prompt is empty, longer than the context, or holds an id the tokenizer does not have.
+        ConfigError: the prompt is empty, longer than the context, or holds an id the tokenizer does not have;
+            or a bias or a constraint of `config` cannot be used with the tokenizer.
         NumericError: the model's logits are not finite.
     """
     limit_tokens = min(config.max_tokens, _room_tokens(model, tokenizer, prompt_ids))
@@ -70,9 +73,7 @@ def generate(
         cache = make_cache(model, len(prompt_ids) + limit_tokens - 1)
     device = next(model.parameters()).device
     known = torch.tensor(prompt_ids, device=device)
-    seen = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device)
-    seen[known] = True
-    generator = torch.Generator().manual_seed(config.seed)
+    sampler = Sampler(config, tokenizer, prompt_ids, device)
     continues = any(tokenizer.token_bytes(token_id) for token_id in prompt_ids)
     stream, stops = TextStream(tokenizer, continues=continues), StopStrings(config.stop)
 
@@ -81,9 +82,10 @@ def generate(
     new = known[cache.used :]
     for generated_tokens in count(1):
         logits = model.logits(model.hidden(new[None], cache=cache)[:, -1])[0, : tokenizer.vocab_size].float()
-        new = choose(logits, config, generator, seen)[None]
-        seen.index_fill_(0, new, True)
-        token_id, logprob = _read(new, logits)
+        choice = sampler.choose(logits)
+        new = choice.id[None]
+        token_id, logprob, top = _read(choice)
+        sampler.accept(token_id)
         finish_reason: FinishReason | None = None
         if token_id == tokenizer.eos_id:
             text, finish_reason = stops.push(stream.finish()), "stop"
@@ -94,9 +96,9 @@ def generate(
         if stops.found:
             finish_reason = "stop"
         if finish_reason:
-            yield Token(token_id, text + stops.finish(), logprob, finish_reason)
+            yield Token(token_id, text + stops.finish(), logprob, finish_reason, top)
             return
-        yield Token(token_id, text, logprob)
+        yield Token(token_id, text, logprob, None, top)
 
 
 def generate_text(model: OpenELM, tokenizer: Tokenizer, prompt: str, config: SamplingConfig) -> str:
@@ -131,13 +133,14 @@ def _room_tokens(model: OpenELM, tokenizer: Tokenizer, prompt_ids: Sequence[int]
     return context_tokens - len(prompt_ids) + 1
 
 
-def _read(chosen: Tensor, logits: Tensor) -> tuple[int, float]:
-    """Bring the chosen id (1,) and its log-probability to the host at once; fp32 holds ids up to 2^24."""
-    logprob = logits.log_softmax(dim=-1)[chosen]
-    token_id, value = torch.cat((chosen.float(), logprob)).tolist()
+def _read(choice: Choice) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+    """Bring a choice to the host at once: id, logprob, and the likeliest tokens; fp32 holds ids up to 2^24."""
+    parts = (choice.id[None].float(), choice.logprob[None], choice.top_ids.float(), choice.top_logprobs)
+    token_id, value, *top = torch.cat(parts).tolist()
     if not math.isfinite(value):
         raise NumericError(
             f"the model's logits are not finite (log-probability {value})",
             fix="the weights are damaged, or too wide for their dtype: try float32",
         )
-    return int(token_id), value
+    count = len(top) // 2
+    return int(token_id), value, tuple(zip(map(int, top[:count]), top[count:], strict=True))
