@@ -10,8 +10,9 @@ from pathlib import Path
 
 from openelm.errors import ConfigError
 from openelm.generate.chat import Continuation, Conversation
-from openelm.generate.engine import Token, prompt_ids
 from openelm.generate.engine import generate as generate_tokens
+from openelm.generate.engine import prompt_ids
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.device import choose_device
 from openelm.model.folder import is_chat_tuned, load_model

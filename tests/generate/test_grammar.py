@@ -17,8 +17,9 @@ import torch
 
 from openelm.errors import ConfigError
 from openelm.generate import grammar
-from openelm.generate.engine import Token, generate, prompt_ids
+from openelm.generate.engine import generate, prompt_ids
 from openelm.generate.grammar import Constraint
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.config import ModelConfig
 from openelm.model.transformer import OpenELM
