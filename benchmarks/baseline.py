@@ -1,4 +1,4 @@
-"""The published model and training step, written plainly: what the benchmarks compare with.
+"""The published model, its training step and its generation, written plainly: what the benchmarks compare with.
 
 Our own eager re-implementation from the description of the released code: fp32 RMSNorm in separate operations, one
 fp32 rotary round trip a layer, repeated key and value heads, full logits, cross-entropy beside a z-loss on a masked
@@ -41,19 +41,23 @@ class PlainAttention(nn.Module):
         self.k_norm = PlainRMSNorm(head_dim)
         self.out_proj = nn.Linear(query_heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """`past`: keys and values so far, none at first; replaced by those with the new ones joined to them."""
         rows, length, _ = x.shape
+        before = past[0].shape[2] if past else 0
         qkv = self.qkv_proj(x).reshape(rows, length, sum(self.heads), self.head_dim).transpose(1, 2)
         q, k, v = qkv.split(self.heads, dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         steps = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-        angles = torch.arange(length, device=x.device).float()[:, None] * (10000.0**-steps)
+        angles = torch.arange(before, before + length, device=x.device).float()[:, None] * (10000.0**-steps)
         angles = torch.cat((angles, angles), dim=-1)
         q = plain_rotary(q, angles.cos(), angles.sin())
         k = plain_rotary(k, angles.cos(), angles.sin())
+        if past is not None:
+            past[:] = k, v = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
         repeats = self.heads[0] // self.heads[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=length > 1)
         return self.out_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
 
@@ -76,8 +80,8 @@ class PlainLayer(nn.Module):
         self.ffn_norm = PlainRMSNorm(dim)
         self.ffn = PlainFeedForward(dim, ffn_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x))
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), past)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -105,6 +109,20 @@ class PlainModel(nn.Module):
         for layer in self.transformer.layers:
             x = layer(x)
         return F.linear(self.transformer.norm(x), self.transformer.token_embeddings.weight)
+
+
+class PlainSpeaker(PlainModel):
+    """The same with a cache that is copied for every token; a prompt is read at once, and has all its logits."""
+
+    def empty_past(self) -> list[list[Tensor]]:
+        return [[] for _ in self.transformer.layers]
+
+    def next_logits(self, tokens: Tensor, past: list[list[Tensor]]) -> Tensor:
+        """Return logits (rows, vocabulary) after the last of tokens (rows, length)."""
+        x = self.transformer.token_embeddings(tokens)
+        for layer, kept in zip(self.transformer.layers, past, strict=True):
+            x = layer(x, kept)
+        return F.linear(self.transformer.norm(x), self.transformer.token_embeddings.weight)[:, -1]
 
 
 def plain_loss(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:

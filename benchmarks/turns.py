@@ -28,7 +28,8 @@ class Worker:
     """One side in a fresh process that answers one JSON line to each word.
 
     Args:
-        folder: of `benchmarks.work`; what the process says on standard error is kept beside it.
+        folder: of `benchmarks.work`, or what the module takes; what the process says on standard error is kept in it.
+        module: what runs in the process.
         preload: a library to be loaded before all others, such as another allocator.
     """
 
@@ -41,8 +42,9 @@ class Worker:
         *,
         python: str = sys.executable,
         preload: str | None = None,
+        module: str = "benchmarks.sides",
     ) -> None:
-        command = [python, "-m", "benchmarks.sides", side, str(folder), precision, str(threads)]
+        command = [python, "-m", module, side, str(folder), precision, str(threads)]
         # As the command line does: threads that wait without end slow a step down as soon as others want a core.
         environment = {**os.environ, **QUIET, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
         if preload:

@@ -36,7 +36,7 @@ _IN_LAYER = {
     "ffn_norm.weight": "ffn_norm.weight",
     "ffn_down.weight": "ffn.proj_2.weight",
 }
-KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 """What matrices can be written as, each with llama.cpp's name for such a file."""
 _KIND_OF = {torch.float64: "f32", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _GATE, _UP, _GATE_UP = "ffn_gate.weight", "ffn_up.weight", "ffn.proj_1.weight"

@@ -162,7 +162,7 @@ def test_llama_cpp_tokenizes_as_we_do(publish: Publish, tmp_path: Path) -> None:
             assert usage["prompt_tokens"] == 1 + len(source.tokenizer.encode(text))
 
 
-@pytest.mark.parametrize(("kind", "apart"), [("bf16", 0.2), ("f16", 0.03), ("q8_0", 0.2)])
+@pytest.mark.parametrize(("kind", "apart"), [("bf16", 0.2), ("f16", 0.03), ("q8_0", 0.2), ("q4_0", 0.5)])
 def test_rounded_matrices_are_near(publish: Publish, tmp_path: Path, kind: str, apart: float) -> None:
     """What llama.cpp computes with packed matrices is what we compute with the numbers that they stand for, nearly."""
     folder = publish(odd_config())
