@@ -165,6 +165,13 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
         CheckpointError: a file is missing or damaged, the tensors do not fit the config, which names all of them, or
             the matrices are quantised in a way that is not ours.
     """
+    model, found = open_model(folder)
+    model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
+    return model.to(device=device, dtype=dtype).requires_grad_(model.quantization is None)
+
+
+def open_model(folder: Path) -> tuple[OpenELM, Weights]:
+    """Open a model folder: an empty model on the meta device, and its weights, checked and not read; see `load_model`."""
     if not folder.is_dir():
         raise CheckpointError(
             "no such model folder", file=folder, fix="give a folder with config.json and model.safetensors"
@@ -181,8 +188,7 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(found, expected, folder / weight_files(folder)[0])
     check_packed(found, model, folder / weight_files(folder)[0])
-    model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
-    return model.to(device=device, dtype=dtype).requires_grad_(quantization is None)
+    return model, {name: found[name] for name in expected}
 
 
 def is_chat_tuned(folder: Path) -> bool:
