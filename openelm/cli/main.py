@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from openelm import __version__
-from openelm.cli.convert_options import CONVERT_EXAMPLE, QUANTIZE_EXAMPLE, add_convert_options, add_push_options, add_quantize_options
+from openelm.cli.convert_options import (
+    CONVERT_EXAMPLE,
+    QUANTIZE_EXAMPLE,
+    add_convert_options,
+    add_push_options,
+    add_quantize_options,
+)
 from openelm.cli.data_options import add_data_actions
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError

@@ -67,8 +67,6 @@ class Quantization(Config):
         return {"group_size": self.group_size, "bits": self.bits}
 
 
-
-
 def rounded(weight: Tensor, bits: int, group: int) -> Packed:
     """Round a matrix to the nearest of the numbers between each group's least and largest, as MLX does, to the bit."""
     bins = (1 << bits) - 1

@@ -235,7 +235,9 @@ class OpenELM(nn.Module):
         """
         if self.quantization is not None:
             what = f"quantised weights cannot be trained; these have {self.quantization.bits} bits"
-            raise ConfigError(what, fix="train the model that they were made from, or what openelm convert --to hf gives")
+            raise ConfigError(
+                what, fix="train the model that they were made from, or what openelm convert --to hf gives"
+            )
         return self._head.weight
 
     @property
