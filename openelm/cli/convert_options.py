@@ -1,4 +1,4 @@
-"""The options of `openelm convert` and `openelm push`; imports nothing that reads models, so help is instant."""
+"""The options of `openelm convert`, `openelm quantize` and `openelm push`; imports nothing that reads models, so help is instant."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ CONVERT_EXAMPLE = (
     "  gguf     model.gguf for llama.cpp and its relatives, and a Modelfile for Ollama\n"
     "  onnx     model.onnx with a key/value cache, for onnxruntime and OpenVINO\n"
     "  corenet  checkpoint.pt, as Apple's training code reads it"
+)
+
+QUANTIZE_EXAMPLE = (
+    "openelm quantize runs/demo/model -o model-4bit --bits 4 --calibration texts/ --evaluate held-out/\n\n"
+    "The copy is a model folder: generate, chat, eval and inspect take it, and mlx-lm does too.\n\n"
+    "methods:\n"
+    "  rtn   round each number to the nearest; 8 bits lose next to nothing so\n"
+    "  gptq  round for the products with a calibration text: of the layers, one after the other; best for 4 bits\n\n"
+    "The text of --calibration should be like what the model will read; 32,768 tokens of it are used."
 )
 
 
@@ -42,6 +51,26 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         "--shard-gb", type=float, default=5.0, metavar="N", help="most GB of a file of weights (default: %(default)s)"
     )
     parser.add_argument("--replace", action="store_true", help="replace a folder that was made so before")
+
+
+def add_quantize_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.add_argument("model", help="model folder, not quantised")
+    parser.add_argument("-o", "--out", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--bits", type=int, required=True, choices=(4, 8), help="of a number of a matrix")
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=(32, 64),
+        help="numbers that share a scale and a bias (default: 64, or 32 where rows are whole groups of that alone)",
+    )
+    parser.add_argument(
+        "--method", choices=("rtn", "gptq"), help="see below (default: gptq with --calibration, else rtn)"
+    )
+    parser.add_argument("--calibration", metavar="TEXT", help="file, folder or glob of .txt, .jsonl, .parquet")
+    parser.add_argument(
+        "--evaluate", metavar="TEXT", help="print the bits per byte of these documents before and after, in fp32"
+    )
 
 
 def add_push_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from openelm import __version__
-from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options, add_push_options
+from openelm.cli.convert_options import (
+    CONVERT_EXAMPLE,
+    QUANTIZE_EXAMPLE,
+    add_convert_options,
+    add_push_options,
+    add_quantize_options,
+)
 from openelm.cli.data_options import add_data_actions
 from openelm.cli.sampling_options import add_sampling_options
 from openelm.convert.targets import TARGETS
@@ -39,6 +45,7 @@ _HANDLERS = {
     "data merge": ("data", "merge"),
     "convert": ("convert", "convert"),
     "push": ("push", "push"),
+    "quantize": ("quantize", "quantize"),
     "data check": ("data", "check"),
     "data decontaminate": ("clean", "decontaminate"),
     "data dedup": ("clean", "dedup"),
@@ -253,6 +260,9 @@ def _add_models(verbs: Verbs) -> None:
 def _add_convert(verbs: Verbs) -> None:
     add_convert_options(
         _verb(verbs, "convert", "bring a model from any layout to any other, tensor by tensor", CONVERT_EXAMPLE)
+    )
+    add_quantize_options(
+        _verb(verbs, "quantize", "make a copy of a model folder with 4 or 8 bits a number", QUANTIZE_EXAMPLE)
     )
     add_push_options(
         _verb(

@@ -18,7 +18,7 @@ from openelm.convert.gguf import open_gguf, write_gguf
 from openelm.convert.hf import open_hf
 from openelm.convert.mlx import APPLE_WEIGHTS, open_apple_mlx
 from openelm.convert.onnx import write_onnx
-from openelm.convert.quantized import BITS, GROUP, packed
+from openelm.convert.quantized import BITS, GROUP
 from openelm.convert.source import EMBEDDING, HEAD, Source
 from openelm.convert.targets import TARGETS
 from openelm.errors import CheckpointError, ConfigError
@@ -26,6 +26,7 @@ from openelm.files.atomic import write_atomic
 from openelm.files.hashes import FileFacts
 from openelm.files.published import publish_folder
 from openelm.model.folder import SHARD_BYTES, save_weights, write_json
+from openelm.model.quantized import packed, rounded
 from openelm.model.weights import LazyTensor, Weights
 from openelm.text.tokenizer import Tokenizer
 
@@ -179,9 +180,9 @@ def _write_mlx(source: Source, out: Path, options: Options, written: Callable[[i
     if options.quantize not in map(str, BITS):
         bits = ", ".join(map(str, BITS))
         raise ConfigError(f"MLX numbers of {options.quantize} bits cannot be written", fix=f"bits: {bits}")
-    quantization = {"group_size": GROUP, "bits": int(options.quantize)}
-    weights = packed(source.weights, quantization["bits"])
-    return _write_folder(source, weights, out, options, written, quantization)
+    bits = int(options.quantize)
+    weights = packed(source.weights, bits, GROUP, lambda name: rounded(source.weights[name].read(), bits, GROUP))
+    return _write_folder(source, weights, out, options, written, {"group_size": GROUP, "bits": bits})
 
 
 def _write_folder(

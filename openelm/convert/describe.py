@@ -20,11 +20,13 @@ def described(source: Source, *, hashes: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "layout": source.layout,
         "weights": f"{', '.join(dtypes)}, {len(source.weights)} tensors",
-        "bytes": sum(tensor.bytes for tensor in source.weights.values()),
+        "bytes": source.stored_bytes or sum(tensor.bytes for tensor in source.weights.values()),
         "chat": "tuned to chat" if source.chat_tuned else "a base model",
         "notes": list(source.notes),
         "missing": _missing(source),
     }
+    if source.packing is not None:
+        found["quantised"] = f"{source.packing['bits']} bits by groups of {source.packing['group_size']}"
     if tokenizer is not None:
         found["tokenizer"] = f"{tokenizer.file_name}, {tokenizer.vocab_size:,} ids, SHA-256 {tokenizer.sha256}"
     if hashes:

@@ -23,11 +23,13 @@ def open_hf(folder: Path) -> Source:
     path = folder / "config.json"
     config, quantization = ModelConfig.from_file(path), json.loads(path.read_bytes()).get("quantization")
     weights, notes = open_weights(folder, packed=quantization is not None), _differences(config)
+    stored_bytes = None
     if quantization is not None:
+        stored_bytes = sum(tensor.bytes for tensor in weights.values())
         weights, unpacking = unpacked(weights, quantization, path)
         notes += unpacking
-    tokenizer = tokenizer_of(folder)
-    return Source(folder, "hf", config, weights, tokenizer, is_chat_tuned(folder), notes).checked()
+    about = (tokenizer_of(folder), is_chat_tuned(folder), notes)
+    return Source(folder, "hf", config, weights, *about, packing=quantization, stored_bytes=stored_bytes).checked()
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

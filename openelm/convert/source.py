@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Source:
         path: the file or folder that was given.
         layout: "hf", "mlx", "corenet" or "gguf".
         weights: under the published names of the Hugging Face release.
+        packing: how its matrices are quantised, {"group_size": 64, "bits": 4}; `weights` are plain numbers all the same.
+        stored_bytes: of the weights as they are on disk, where that is not what `weights` take.
         notes: for the user: what was missing, wrong or left out, and what was done about it.
     """
 
@@ -39,6 +42,8 @@ class Source:
     tokenizer: Tokenizer | None = None
     chat_tuned: bool = False
     notes: tuple[str, ...] = ()
+    packing: Mapping[str, int] | None = None
+    stored_bytes: int | None = None
 
     def checked(self) -> Source:
         """Return itself, once its tensors are those that its config asks for.

@@ -170,6 +170,11 @@ class OpenELMModel(OpenELMPreTrainedModel):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: OpenELMConfig) -> None:
+        if packed := getattr(config, "quantization", None):
+            raise ValueError(
+                f"the matrices are quantised ({packed}), which openelm and mlx-lm read and transformers does not; "
+                "unpack them with `openelm convert MODEL --to hf -o OUT`"
+            )
         super().__init__(config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from openelm.files.atomic import write_atomic
 from openelm.files.hashes import FileFacts, canonical_json
 from openelm.files.published import MANIFEST, publish_folder, verify_folder
 from openelm.model.config import ModelConfig
+from openelm.model.quantized import Quantization, check_packed, hold_quantized
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import (
     INDEX,
@@ -53,7 +55,9 @@ def save_model(
 ) -> None:
     """Publish the folder of a model in memory; see `save_weights`."""
     weights = in_memory(model.state_dict())
-    save_weights(folder, model.config, weights, tokenizer=tokenizer, card=card, origin=origin, replace=replace)
+    quantization = None if model.quantization is None else model.quantization.to_json()
+    described: dict[str, Any] = {"card": card, "origin": origin, "quantization": quantization}
+    save_weights(folder, model.config, weights, tokenizer=tokenizer, **described, replace=replace)
 
 
 def save_weights(
@@ -152,14 +156,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> OpenELM:
-    """Load a model folder; its manifest, if it has one, is verified first.
+    """Load a model folder, quantised or not; its manifest, if it has one, is verified first.
 
     Args:
-        dtype: convert the weights; by default they keep the dtype of the file.
+        dtype: convert the weights; by default they keep the dtype of the file. Quantised matrices keep their words.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tensors do not fit the config; names all of them.
+        CheckpointError: a file is missing or damaged, the tensors do not fit the config, which names all of them, or
+            the matrices are quantised in a way that is not ours.
     """
+    model, found = open_model(folder)
+    model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
+    return model.to(device=device, dtype=dtype).requires_grad_(model.quantization is None)
+
+
+def open_model(folder: Path) -> tuple[OpenELM, Weights]:
+    """Open a model folder: an empty model on the meta device, and its weights, checked and not read; see `load_model`."""
     if not folder.is_dir():
         raise CheckpointError(
             "no such model folder", file=folder, fix="give a folder with config.json and model.safetensors"
@@ -167,13 +179,16 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
     if (folder / MANIFEST).exists():
         verify_folder(folder, names=("config.json", *weight_files(folder)))
     config = ModelConfig.from_file(folder / "config.json")
+    quantization = Quantization.from_file(folder / "config.json")
     with torch.device("meta"):
         model = OpenELM(config)
-    found = open_weights(folder)
+        if quantization is not None:
+            hold_quantized(model, quantization)
+    found = open_weights(folder, packed=quantization is not None)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(found, expected, folder / weight_files(folder)[0])
-    model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
-    return model.to(device=device, dtype=dtype).requires_grad_(True)
+    check_packed(found, model, folder / weight_files(folder)[0])
+    return model, {name: found[name] for name in expected}
 
 
 def is_chat_tuned(folder: Path) -> bool:

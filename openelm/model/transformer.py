@@ -30,6 +30,7 @@ from openelm.kernels.swiglu import swiglu
 from openelm.model.cache import Attends, KeyValueCache
 from openelm.model.compiled import compiled, keep_products, widths_may_vary
 from openelm.model.config import ModelConfig
+from openelm.model.quantized import Quantization, QuantizedMatrix
 from openelm.model.rotary import RotaryTable
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -222,11 +223,26 @@ class OpenELM(nn.Module):
         """For all layers alike, or for each of them."""
         self.compiles = False
         """Whether layers run through torch.compile where gradients are taken, that is in training."""
+        self.quantization: Quantization | None = None
+        """How matrices are held; `quantized.hold_quantized` sets it."""
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix (V, D): the embedding itself, unless the config says otherwise."""
-        return self.transformer.token_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        """The output matrix (V, D) that training learns: the embedding itself, unless the config says otherwise.
+
+        Raises:
+            ConfigError: the matrices are quantised; `logits` multiplies by those too.
+        """
+        if self.quantization is not None:
+            what = f"quantised weights cannot be trained; these have {self.quantization.bits} bits"
+            raise ConfigError(
+                what, fix="train the model that they were made from, or what openelm convert --to hf gives"
+            )
+        return self._head.weight
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.transformer.token_embeddings if self.lm_head is None else self.lm_head
 
     def layer_matrices(self) -> dict[str, int]:
         """Name the matrices of the layers, each with how many of equal size it holds, one below the other.
@@ -311,7 +327,8 @@ class OpenELM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply states (..., D) by the output matrix; returns (..., V)."""
-        return linear(hidden, self.head_weight)
+        head = self._head
+        return head.product(hidden) if isinstance(head, QuantizedMatrix) else linear(hidden, head.weight)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:

@@ -13,7 +13,16 @@ from openelm import __version__
 from openelm.cli import main
 
 VERBS = ("demo", "train", "average", "report", "verify", "eval", "inspect", "plan", "bench", "generate", "chat")
-VERBS += ("convert", "push", "data manifest", "data merge", "data check", "data decontaminate", "data dedup")
+VERBS += (
+    "convert",
+    "push",
+    "quantize",
+    "data manifest",
+    "data merge",
+    "data check",
+    "data decontaminate",
+    "data dedup",
+)
 Failed = Callable[..., str]
 
 

@@ -151,8 +151,6 @@ def test_a_tensor_too_few_or_too_many_stops_a_conversion(publish: Publish, tmp_p
 @pytest.mark.parametrize("bits", [None, "4"])
 def test_apples_mlx_folder_is_read(publish: Publish, tmp_path: Path, bits: str | None) -> None:
     """Names without their prefix, another file name, and a config of three fields."""
-    if bits is not None:
-        pytest.importorskip("mlx.core")
     config = shallow("270m")
     ours = converted(publish(config, dtype=torch.float16), tmp_path / "ours", "mlx", quantize=bits)
     apple = tmp_path / "apple"
