@@ -16,25 +16,21 @@ GROUP = 64  # numbers of a quantised row that share a scale, as in cpp/few_rows.
 
 
 class Weight(NamedTuple):
-    """A matrix (out, in) of fp32 or bf16, or of few bits with scales and biases (out, in / 64): `model.quantized`."""
+    """A matrix (out, in) of fp32 or bf16, or of few bits with scales and biases (out, in / group)."""
 
     numbers: Tensor
     scales: Tensor | None = None
     biases: Tensor | None = None
-
-    @property
-    def bits(self) -> int:
-        """Bits of a number."""
-        if self.scales is None:
-            return 8 * self.numbers.itemsize
-        return 8 * self.numbers.nbytes // (self.scales.numel() * GROUP)
+    bits: int = 0
+    group: int = GROUP
 
     def is_known(self) -> bool:
-        """Tell whether the kernel takes it: another group size looks like other bits."""
-        if self.scales is None:
+        """Tell whether the kernel takes it."""
+        if self.scales is None or self.biases is None:
             return runs_native(self.numbers) and self.numbers.is_contiguous()
-        assert self.biases is not None
-        return runs_native(self.scales, self.biases) and self.scales.dtype == self.biases.dtype and self.bits in (4, 8)
+        alike = self.scales.dtype == self.biases.dtype and self.group == GROUP and self.bits in _KINDS_OF_BITS
+        dense = all(part.is_contiguous() for part in (self.numbers, self.scales, self.biases))
+        return runs_native(self.scales, self.biases) and alike and dense
 
     def _described(self) -> list[Tensor | int]:
         if self.scales is None or self.biases is None:

@@ -6,10 +6,13 @@ numbers of a row a scale and a bias. It is also what `openelm quantize` writes.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from openelm.kernels.linear import linear
+from openelm.kernels.native import call, runs_native
 
 WORD_BITS = 32
 
@@ -29,16 +32,34 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return numbers.flatten(-2)
 
 
-def dequantised(words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
-    """Return the numbers that words stand for, (..., columns), in the dtype of the scales; computed in fp32 at least."""
+def dequantised(
+    words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int, *, out: Tensor | None = None
+) -> Tensor:
+    """Return the numbers that words stand for, (..., columns), in the scales' dtype; computed in fp32 at least."""
+    shape = (*words.shape[:-1], words.shape[-1] * WORD_BITS // bits)
+    if runs_native(scales, biases) and scales.dtype == biases.dtype and group % 16 == 0 and bits in (4, 8):
+        parts = [part.contiguous() for part in (words, scales, biases)]
+        out = scales.new_empty(shape) if out is None else out
+        rows = out.numel() // max(1, shape[-1])
+        call("dequantise", rows, shape[-1], group, bits, scales.dtype == torch.bfloat16, *parts, out)
+        return out
     wide = torch.promote_types(scales.dtype, torch.float32)
     grouped = unpack(words, bits).unflatten(-1, (-1, group)).to(wide)
-    return (grouped * scales.to(wide)[..., None] + biases.to(wide)[..., None]).flatten(-2).to(scales.dtype)
+    found = (grouped * scales.to(wide)[..., None] + biases.to(wide)[..., None]).flatten(-2).to(scales.dtype)
+    return found if out is None else out.copy_(found)
+
+
+_kept = threading.local()  # memory for one matrix: fresh pages for each would cost more than its numbers
 
 
 def quantized_linear(x: Tensor, words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
     """Multiply rows by a quantised weight: x (..., in), words (out, in · bits / 32) -> (..., out).
 
-    Follows torch.autocast, as `linear` does.
+    Follows torch.autocast, as `linear` does. Nothing of it learns.
     """
-    return linear(x, dequantised(words, scales, biases, bits, group))
+    columns = words.shape[1] * WORD_BITS // bits
+    count, kept = words.shape[0] * columns, getattr(_kept, "numbers", None)
+    if kept is None or kept.numel() < count or kept.dtype != scales.dtype or kept.device != scales.device:
+        kept = _kept.numbers = scales.new_empty(count)
+    out = kept[:count].view(words.shape[0], columns)
+    return linear(x, dequantised(words, scales, biases, bits, group, out=out))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
 from openelm.kernels.decode import Block, DecodeKernel, Weight
 from openelm.model.cache import KeyValueCache
+from openelm.model.quantized import QuantizedMatrix
 from openelm.model.transformer import Layer, OpenELM
 
 _TOKENS_AT_ONCE = 64
@@ -117,7 +118,7 @@ def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
     """Make the C++ kernel of a model, if it takes all of its weights."""
     layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
     blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
-    head = Weight(model.head_weight.detach())
+    head = _weight(model.head)
     norm = model.transformer.norm
     known = (weight.is_known() for block in blocks for weight in (block.qkv, block.out, block.gate_up, block.down))
     if not (head.is_known() and all(known)):
@@ -136,10 +137,17 @@ def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
         q_norm=attn.q_norm.weight.detach(),
         k_norm=attn.k_norm.weight.detach(),
         ffn_norm=layer.ffn_norm.weight.detach(),
-        qkv=Weight(attn.qkv_proj.weight.detach()),
-        out=Weight(attn.out_proj.weight.detach()),
-        gate_up=Weight(ffn.proj_1.weight.detach()),
-        down=Weight(ffn.proj_2.weight.detach()),
+        qkv=_weight(attn.qkv_proj),
+        out=_weight(attn.out_proj),
+        gate_up=_weight(ffn.proj_1),
+        down=_weight(ffn.proj_2),
         keys=cache.keys[attn.layer],
         values=cache.values[attn.layer],
     )
+
+
+def _weight(module: nn.Module) -> Weight:
+    if isinstance(module, QuantizedMatrix):
+        kind = module.quantization
+        return Weight(module.weight, module.scales, module.biases, kind.bits, kind.group_size)
+    return Weight(module.weight.detach())

@@ -238,10 +238,11 @@ class OpenELM(nn.Module):
             raise ConfigError(
                 what, fix="train the model that they were made from, or what openelm convert --to hf gives"
             )
-        return self._head.weight
+        return self.head.weight
 
     @property
-    def _head(self) -> nn.Module:
+    def head(self) -> nn.Module:
+        """The module that holds the output matrix: the embedding, unless the config says otherwise."""
         return self.transformer.token_embeddings if self.lm_head is None else self.lm_head
 
     def layer_matrices(self) -> dict[str, int]:
@@ -327,7 +328,7 @@ class OpenELM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply states (..., D) by the output matrix; returns (..., V)."""
-        head = self._head
+        head = self.head
         return head.product(hidden) if isinstance(head, QuantizedMatrix) else linear(hidden, head.weight)
 
     @torch.no_grad()

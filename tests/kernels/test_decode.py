@@ -57,7 +57,7 @@ def made(
         biases = scales * torch.randint(-(2**bits), 0, scales.shape, generator=generator)
         packed = numbers if bits == 8 else numbers[:, ::2] + 16 * numbers[:, 1::2]
         grouped = numbers.view(rows, -1, GROUP) * scales.float()[..., None] + biases.float()[..., None]
-        found = Weight(packed.to(torch.uint8).view(torch.int32), scales, biases)
+        found = Weight(packed.to(torch.uint8).view(torch.uint32), scales, biases, bits)
         drawn[id(found.numbers)] = grouped.view(rows, columns)
         return found
 
@@ -180,9 +180,11 @@ def test_several_tokens_of_one_slot_are_as_one_after_the_other() -> None:
 
 
 def test_only_known_weights_are_taken() -> None:
-    words, scales = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 1)
-    assert Weight(words, scales, scales).bits == 4 and Weight(words, scales, scales).is_known()
-    of_groups_of_32 = torch.zeros(4, 2)
-    assert not Weight(words, of_groups_of_32, of_groups_of_32).is_known()
+    words, scales = torch.zeros(4, 8, dtype=torch.uint32), torch.zeros(4, 1)
+    assert Weight(words, scales, scales, 4).is_known()
+    assert not Weight(words, scales, scales, 2).is_known()
+    assert not Weight(words, scales, scales.bfloat16(), 4).is_known()
+    of_32 = torch.zeros(4, 2)
+    assert not Weight(words, of_32, of_32, 4, 32).is_known()
     assert not Weight(torch.zeros(4, 8, dtype=torch.float16)).is_known()
     assert not Weight(torch.zeros(8, 4).T).is_known()

@@ -76,6 +76,24 @@ template <class T> struct Plain {
     static inline Operands<Input> read(const uint8_t* p) { return Operands<Input>::of((const T*)p); }
 };
 
+// The next WIDTH whole numbers of so many bits.
+template <long bits> inline vec whole_numbers(const uint8_t* p) {
+    uvec numbers;
+    if constexpr (bits == 8) {
+        typedef uint8_t bytes_of __attribute__((vector_size(WIDTH), aligned(1)));
+        numbers = __builtin_convertvector(*(const bytes_of*)p, uvec);
+    } else {
+        uvec words, shifts;
+        for (long i = 0; i < WIDTH; i++) {
+            uint32_t word;
+            std::memcpy(&word, p + i / 8 * 4, 4);
+            words[i] = word, shifts[i] = i % 8 * 4;
+        }
+        numbers = (words >> shifts) & 15;
+    }
+    return __builtin_convertvector((ivec)numbers, vec);
+}
+
 template <class S, long bits> struct Grouped {
     using Input = narrow;
     using Scale = S;
@@ -110,22 +128,7 @@ template <class S, long bits> inline Operands<narrow> Grouped<S, bits>::read(con
 #else
 template <class S, long bits> inline Operands<narrow> Grouped<S, bits>::read(const uint8_t* p) {
     Operands<narrow> result;
-    for (long i = 0; i < STEP / WIDTH; i++) {
-        uvec numbers;
-        if constexpr (bits == 8) {
-            typedef uint8_t bytes_of __attribute__((vector_size(WIDTH), aligned(1)));
-            numbers = __builtin_convertvector(*(const bytes_of*)(p + i * WIDTH), uvec);
-        } else {
-            uvec words, shifts;
-            for (long j = 0; j < WIDTH; j++) {
-                uint32_t word;
-                std::memcpy(&word, p + (i * WIDTH + j) / 8 * 4, 4);
-                words[j] = word, shifts[j] = j % 8 * 4;
-            }
-            numbers = (words >> shifts) & 15;
-        }
-        result.part[i] = __builtin_convertvector((ivec)numbers, vec);
-    }
+    for (long i = 0; i < STEP / WIDTH; i++) result.part[i] = whole_numbers<bits>(p + i * WIDTH * bits / 8);
     return result;
 }
 #endif
