@@ -1,7 +1,8 @@
 """One side of a comparison of generation: python -m benchmarks.speakers SIDE FOLDER KIND THREADS.
 
 A process of its own, which answers each line of standard input with one JSON line; `benchmarks.decode` starts these.
-FOLDER holds what the sides read: `bf16`, `int8` and `4-bit` (our folders), `hf`, and GGUF in `bf16-gguf` and so on. Lines:
+FOLDER has what the sides read: `bf16`, `int8` and `4-bit` (our folders), `hf`, and GGUF in `bf16-gguf` and so on.
+Lines:
 
     decode PROMPT TOKENS ROWS    seconds and number of tokens, once all prompts have been read
     prefill PROMPT               seconds to the first token of a prompt that was not seen before

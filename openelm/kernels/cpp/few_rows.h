@@ -99,6 +99,11 @@ template <class S, long bits> struct Grouped {
     using Scale = S;
     static constexpr bool in_groups = true;
     static constexpr long bytes = STEP * bits / 8;
+#if defined(__AVX512BF16__)
+    static constexpr float offset = bits == 4 ? 128 : 0;  // by which `read` gives more than the number
+#else
+    static constexpr float offset = 0;
+#endif
     static inline Operands<Input> read(const uint8_t* p);
 };
 
@@ -114,14 +119,11 @@ template <class S, long bits> inline Operands<narrow> Grouped<S, bits>::read(con
             result.part[i] = _mm512_cvtne2ps_pbh(wide(1), wide(0));
         }
     } else {
-        // 0 to 15 twice: vpermw looks at five bits, of which the fifth belongs to the next number.
-        const __m512i whole = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150,
-            0x4160, 0x4170
-        ));
+        // Behind the sign and exponent of 128 the lowest bits of a bf16 number count ones: 128 to 143.
+        const __m512i low = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
         __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-        result.part[0] = (__m512bh)_mm512_permutexvar_epi16(pairs, whole);
-        result.part[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), whole);
+        result.part[0] = (__m512bh)_mm512_ternarylogic_epi32(pairs, low, exponent, 0xea);  // pairs & low | exponent
+        result.part[1] = (__m512bh)_mm512_or_si512(_mm512_srli_epi16(pairs, 4), exponent);
     }
     return result;
 }
@@ -208,10 +210,11 @@ void tile(
                 auto *factors = (const typename Kind::Scale*)weight.scales + group;
                 auto *biases = (const typename Kind::Scale*)weight.biases + group;
                 by_vectors(end - start, [&](long g, long n) {
-                    store_some(scales[r] + g, load_some(factors + g, n), n);
+                    vec scale = load_some(factors + g, n);
+                    store_some(scales[r] + g, scale, n);
                     __builtin_prefetch(factors + 2 * TILE * steps + g);
                     __builtin_prefetch(biases + 2 * TILE * steps + g);
-                    vec bias = load_some(biases + g, n);
+                    vec bias = load_some(biases + g, n) - Kind::offset * scale;
                     for (long i = 0; i < count; i++)
                         total[r * places + i] += bias * load_some(x.sums + i * x.groups() + start + g, n);
                 });
