@@ -21,7 +21,7 @@ from openelm.cli.convert_options import (
     add_quantize_options,
 )
 from openelm.cli.data_options import add_data_actions
-from openelm.cli.sampling_options import add_sampling_options
+from openelm.cli.sampling_options import add_generation_options, add_sampling_options
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
@@ -352,12 +352,7 @@ def _add_talking(verbs: Verbs) -> None:
     )
     generate.add_argument("model", help="model folder")
     generate.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
-    generate.add_argument(
-        "--top-logprobs",
-        type=int,
-        metavar="N",
-        help="afterwards, list each token's N likeliest rivals and their log-probabilities on standard error",
-    )
+    add_generation_options(generate)
     chat = _verb(verbs, "chat", "talk with a model", "openelm chat runs/demo/model")
     chat.add_argument("model", help="model folder")
     chat.add_argument("--system", default="", help="instructions before the conversation (chat-tuned models)")

@@ -27,6 +27,21 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     _add_constraint(parser)
 
 
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `openelm generate` alone has."""
+    parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="afterwards, list each token's N likeliest rivals and their log-probabilities on standard error",
+    )
+    parser.add_argument(
+        "--speculate",
+        metavar="lookup|MODEL",
+        help="guess tokens, from the text itself or by a smaller model; the text stays the same, only the speed changes",
+    )
+
+
 def _add_constraint(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("what the text may be, at most one of these (needs the extra `grammar`)")
     options.add_argument("--json-schema", metavar="FILE", help="JSON that this JSON Schema accepts; {} accepts any")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from openelm.errors import ConfigError
 from openelm.generate.chat import Continuation, Conversation
-from openelm.generate.engine import generate as generate_tokens
-from openelm.generate.engine import prompt_ids
+from openelm.generate.engine import Engine, Proposer, prompt_ids
 from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
+from openelm.generate.speculative import DraftModel, PromptLookup
 from openelm.model.device import choose_device
 from openelm.model.folder import is_chat_tuned, load_model
+from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
 _OPTIONS = (
@@ -40,7 +41,10 @@ def generate(arguments: argparse.Namespace) -> int:
     sampling = _sampling(arguments)
     model, tokenizer = load_model(folder, device=choose_device(arguments.device)), load_tokenizer(folder)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt.replace("\\n", "\n")
-    tokens = generate_tokens(model, tokenizer, prompt_ids(tokenizer, prompt), sampling)
+    ids = prompt_ids(tokenizer, prompt)
+    length = max(1, min(model.config.max_context_length, len(ids) + sampling.max_tokens))
+    engine = Engine(model, tokenizer, length=length, proposer=_proposer(arguments, model, length))
+    tokens = engine.stream(ids, sampling)
     first = next(tokens)  # a bad prompt is an error before anything is printed
     print(prompt + first.text, end="", flush=True)
     made = [first, *_passed_on(tokens)]
@@ -71,6 +75,13 @@ def chat(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:  # stops this reply, not the conversation
             print()
     return 0
+
+
+def _proposer(arguments: argparse.Namespace, model: OpenELM, length: int) -> Proposer | None:
+    if arguments.speculate in (None, "lookup"):
+        return None if arguments.speculate is None else PromptLookup()
+    draft = load_model(Path(arguments.speculate), device=choose_device(arguments.device))
+    return DraftModel(draft, model, slots=1, length=length)
 
 
 def _read_line() -> str | None:

@@ -171,3 +171,10 @@ def test_a_piped_prompt_that_is_not_text_is_no_traceback(openelm: Any, model: st
     done = openelm("generate", model, "--prompt", "-", "--max-tokens", "3", stdin=b"The \xff king")
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode in (0, 2, 3)
+
+
+@pytest.mark.parametrize("how", ["lookup", "itself"])
+def test_speculation_changes_no_text(model: str, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    command = (model, "--prompt", "to be to be to", "--max-tokens", "20", "--seed", "3")
+    speculating = (*command, "--speculate", "lookup" if how == "lookup" else model)
+    assert generated(capsys, *speculating) == generated(capsys, *command)
