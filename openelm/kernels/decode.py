@@ -62,12 +62,19 @@ class DecodeKernel:
 
     Args:
         norm: scale of the final norm (D,); all norm scales are copied to fp32.
-        head: the output matrix (V, D).
+        embedding, head: the first and the last matrix (V, D), which may be one.
         cos, sin: of every position that fits in the cache, each (length, head_dim / 2), fp32.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], norm: Tensor, head: Weight, cos: Tensor, sin: Tensor, eps: float
+        self,
+        blocks: Sequence[Block],
+        norm: Tensor,
+        embedding: Weight,
+        head: Weight,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
     ) -> None:
         self._eps = eps
         self._vocabulary = len(head.numbers)
@@ -75,7 +82,7 @@ class DecodeKernel:
         self._held: list[Tensor] = []  # the addresses in the description are theirs
         widths = [len(blocks), len(norm), head_dim, self._vocabulary, length]
         entries: list[Tensor | int] = [*widths, blocks[0].keys.dtype == torch.bfloat16, norm.float()]
-        entries += [cos.contiguous(), sin.contiguous(), *head._described()]
+        entries += [cos.contiguous(), sin.contiguous(), *embedding._described(), *head._described()]
         for block in blocks:
             entries += block[:3]
             entries += (scale.float().contiguous() for scale in block[3:7])
@@ -85,19 +92,16 @@ class DecodeKernel:
         numbers = [entry.data_ptr() if isinstance(entry, Tensor) else int(entry) for entry in entries]
         self._description = torch.tensor(numbers, dtype=torch.int64)
 
-    def step(self, x: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Write each token's keys and values to its slot and position, and predict the next one.
 
         A token sees all positions of its slot up to its own; several of one slot are at positions one after the
-        other. The caller answers for slots and positions.
-
-        Args:
-            x: embeddings (R, D), fp32; overwritten.
+        other. The caller answers for ids, slots and positions.
 
         Returns:
             Logits (R, V), fp32. Those of a token do not depend on the others, to the bit.
         """
-        logits = torch.empty(len(x), self._vocabulary)
-        where = torch.tensor((slots, positions), dtype=torch.int64)
-        call("decode", self._description, self._eps, len(x), where[0], where[1], x, logits)
+        logits = torch.empty(len(ids), self._vocabulary)
+        where = torch.tensor((ids, slots, positions), dtype=torch.int64)
+        call("decode", self._description, self._eps, len(ids), *where, logits)
         return logits

@@ -86,14 +86,15 @@ class Decoder:
             raise ConfigError(f"a slot of {self._cache.length} tokens is full", fix="make the cache longer")
         for slot, used in places.items():
             self._rows[slot].used = used
-        tokens = torch.tensor(ids, device=self.device)
         if self._kernel is None:
+            tokens = torch.tensor(ids, device=self.device)
             where = torch.tensor(positions, device=self.device)
             states = self._model.next_states(tokens, where, _Company(self._cache, slots, positions))
             return self._model.logits(states).float()
-        x = self._model.transformer.token_embeddings(tokens).float()
+        if len(ids) <= _TOKENS_AT_ONCE:
+            return self._kernel.step(ids, slots, positions)
         pieces = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids), _TOKENS_AT_ONCE)]
-        return torch.cat([self._kernel.step(x[piece], slots[piece], positions[piece]) for piece in pieces])
+        return torch.cat([self._kernel.step(ids[piece], slots[piece], positions[piece]) for piece in pieces])
 
 
 class _Company:
@@ -118,13 +119,13 @@ def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
     """Make the C++ kernel of a model, if it takes all of its weights."""
     layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
     blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
-    head = _weight(model.head)
+    embedding, head = _weight(model.transformer.token_embeddings), _weight(model.head)
     norm = model.transformer.norm
     known = (weight.is_known() for block in blocks for weight in (block.qkv, block.out, block.gate_up, block.down))
-    if not (head.is_known() and all(known)):
+    if not (embedding.is_known() and head.is_known() and all(known)):
         return None
     cos, sin = model.rotary.at(0, cache.length, norm.weight.device)
-    return DecodeKernel(blocks, norm.weight.detach(), head, cos, sin, norm.eps)
+    return DecodeKernel(blocks, norm.weight.detach(), embedding, head, cos, sin, norm.eps)
 
 
 def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:

@@ -15,7 +15,7 @@ from openelm.kernels.rotary import qk_norm_rope
 
 pytestmark = pytest.mark.skipif(native.kernels_name() == "torch", reason="no C++ kernels were built for this CPU")
 
-EPS = 1e-6
+EPS, VOCABULARY = 1e-6, 301
 WIDTHS = ((2, 1, 96), (6, 2, 160), (5, 5, 200))  # query heads, KV heads and feed-forward width of each layer
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 """Of the largest logit. The bf16 units of a CPU round what they multiply, without them nothing is rounded."""
@@ -24,6 +24,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 class Case(NamedTuple):
     blocks: list[Block]
     norm: Tensor
+    embedding: Weight
     head: Weight
     cos: Tensor
     sin: Tensor
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     """The numbers that a weight stands for."""
 
     def kernel(self) -> DecodeKernel:
-        return DecodeKernel(self.blocks, self.norm, self.head, self.cos, self.sin, EPS)
+        return DecodeKernel(self.blocks, self.norm, self.embedding, self.head, self.cos, self.sin, EPS)
 
 
 def made(
@@ -84,17 +85,23 @@ def made(
             )
         )
     angles = torch.outer(torch.arange(length), 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim))
-    head = weight(301, dim)
-    return Case(blocks, norm(dim), head, angles.cos(), angles.sin(), lambda weight: drawn[id(weight.numbers)])
+    embedding, head = weight(VOCABULARY, dim), weight(VOCABULARY, dim)
+    return Case(
+        blocks, norm(dim), embedding, head, angles.cos(), angles.sin(), lambda weight: drawn[id(weight.numbers)]
+    )
 
 
 def normalised(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
 
 
-def expected(case: Case, x: Tensor) -> Tensor:
-    """Logits (T, V) of all positions of one sequence of embeddings (T, D), by the formulas."""
-    length = len(x)
+def some_ids(*shape: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+
+
+def expected(case: Case, ids: Tensor) -> Tensor:
+    """Logits (T, V) of all positions of one sequence of ids (T,), by the formulas."""
+    x, length = case.plain(case.embedding)[ids], len(ids)
     for block in case.blocks:
         qkv = (normalised(x, block.attn_norm) @ case.plain(block.qkv).T)[None].double()
         heads = (block.query_heads, block.kv_heads, EPS)
@@ -111,10 +118,10 @@ def expected(case: Case, x: Tensor) -> Tensor:
     return normalised(x, case.norm) @ case.plain(case.head).T
 
 
-def stepped(case: Case, x: Tensor, slots: list[int]) -> Tensor:
-    """Logits (T, R, V) of sequences (T, R, D) side by side."""
+def stepped(case: Case, ids: Tensor, slots: list[int]) -> Tensor:
+    """Logits (T, R, V) of sequences (T, R) side by side."""
     kernel = case.kernel()
-    return torch.stack([kernel.step(row.clone(), slots, [position] * len(slots)) for position, row in enumerate(x)])
+    return torch.stack([kernel.step(row.tolist(), slots, [place] * len(slots)) for place, row in enumerate(ids)])
 
 
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -126,10 +133,10 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 def test_a_step_is_the_formulas(dim: int, head_dim: int, dtype: torch.dtype) -> None:
     """300 positions are more than one chunk of keys."""
     case = made(dim, head_dim, dtype=dtype)
-    x = torch.randn(300, 3, dim, generator=torch.Generator().manual_seed(1))
-    found = stepped(case, x, [2, 0, 3])
+    ids = some_ids(300, 3)
+    found = stepped(case, ids, [2, 0, 3])
     for row in range(3):
-        assert_close(found[:, row], expected(case, x[:, row]), dtype)
+        assert_close(found[:, row], expected(case, ids[:, row]), dtype)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -137,45 +144,42 @@ def test_a_step_is_the_formulas(dim: int, head_dim: int, dtype: torch.dtype) -> 
 def test_quantised_weights_are_the_numbers_they_stand_for(bits: int, scales: torch.dtype) -> None:
     widths = ((2, 1, 128), (4, 2, 64), (3, 3, 192))
     case = made(128, 64, bits=bits, dtype=scales, widths=widths)
-    x = torch.randn(40, 2, 128, generator=torch.Generator().manual_seed(2))
-    found = stepped(case, x, [0, 1])
+    ids = some_ids(40, 2)
+    found = stepped(case, ids, [0, 1])
     for row in range(2):
-        assert_close(found[:, row], expected(case, x[:, row]), torch.bfloat16)
+        assert_close(found[:, row], expected(case, ids[:, row]), torch.bfloat16)
 
 
 def test_long_rows_of_few_bits_have_more_scales_than_are_widened_at_a_time() -> None:
     case = made(4096 + 128, 64, bits=4, widths=((1, 1, 64),))
-    x = torch.randn(2, 1, 4096 + 128, generator=torch.Generator().manual_seed(3))
-    assert_close(stepped(case, x, [0])[:, 0], expected(case, x[:, 0]), torch.bfloat16)
+    ids = some_ids(2, 1)
+    assert_close(stepped(case, ids, [0])[:, 0], expected(case, ids[:, 0]), torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_company_and_threads_change_no_bit(bits: int, dtype: torch.dtype) -> None:
     widths = ((2, 1, 128), (6, 2, 192))
-    x = torch.randn(270, 7, 128, generator=torch.Generator().manual_seed(4))
+    ids = some_ids(270, 7)
     case = made(128, 64, bits=bits, dtype=dtype, widths=widths, length=280)
-    alone = [stepped(case, x[:, row : row + 1], [1])[:, 0] for row in range(4)]
-    assert torch.equal(stepped(case, x[:, :4], [3, 1, 0, 2]).transpose(0, 1), torch.stack(alone))
+    alone = [stepped(case, ids[:, row : row + 1], [1])[:, 0] for row in range(4)]
+    assert torch.equal(stepped(case, ids[:, :4], [3, 1, 0, 2]).transpose(0, 1), torch.stack(alone))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads % 3 + 1)
-        assert torch.equal(stepped(case, x[:, :1], [0])[:, 0], alone[0])
+        assert torch.equal(stepped(case, ids[:, :1], [0])[:, 0], alone[0])
     finally:
         torch.set_num_threads(threads)
 
 
 def test_several_tokens_of_one_slot_are_as_one_after_the_other() -> None:
     case = made(128, 64, length=280)
-    x = torch.randn(270, 1, 128, generator=torch.Generator().manual_seed(5))
-    one_by_one = stepped(case, x, [0])[:, 0]
-    kernel = case.kernel()
-    at_once = [
-        kernel.step(
-            x[start : start + 6, 0].clone(), [3] * len(x[start : start + 6]), list(range(start, min(start + 6, 270)))
-        )
-        for start in range(0, 270, 6)
-    ]
+    ids = some_ids(270, 1)
+    one_by_one = stepped(case, ids, [0])[:, 0]
+    kernel, at_once = case.kernel(), list[Tensor]()
+    for start in range(0, 270, 7):
+        part = ids[start : start + 7, 0].tolist()
+        at_once.append(kernel.step(part, [3] * len(part), list(range(start, start + len(part)))))
     assert torch.equal(torch.cat(at_once), one_by_one)
 
 

@@ -8,7 +8,7 @@
 
 namespace openelm {
 
-constexpr long CHUNK = 256;  // keys of one sequence that a thread attends to at a time
+constexpr long CHUNK = 128;  // keys of one sequence that a thread attends to at a time
 constexpr long TOGETHER = 4; // query heads and keys whose products are taken at a time
 
 // As kernels/decode.py lays them out: whole numbers and addresses of 8 bytes.
@@ -23,14 +23,14 @@ struct Block {
 struct Model {
     long layers, dim, head_dim, vocabulary, length, cache_is_bf16;  // length: positions that fit in a slot
     const float *norm, *cos, *sin;
-    Weight head;
+    Weight embedding, head;
     Block blocks[];
 };
 
 // The tokens of a step: the last one of a slot may see those before it.
 struct Tokens {
     long count;
-    const long *slots, *positions;
+    const long *ids, *slots, *positions;
     long chunks(long i) const { return positions[i] / CHUNK + 1; }
 };
 
@@ -206,8 +206,8 @@ template <class T>
 static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state) {
     long tasks = tokens.count * block.kv_heads * state.chunks;
     for_my_share(tasks, [&](long task) {
-        long chunk = task % state.chunks, pair = task / state.chunks;
-        long token = pair / block.kv_heads, kv_head = pair % block.kv_heads;
+        long pairs = tokens.count * block.kv_heads, chunk = task / pairs;
+        long token = task % pairs / block.kv_heads, kv_head = task % block.kv_heads;
         if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk);
     });
 }
@@ -264,33 +264,49 @@ static void project_gated(const Model& model, const Block& block, const Tokens& 
     });
 }
 
+static void embed(const Model& model, const Tokens& tokens, float* x) {
+    for_my_share(tokens.count, [&](long i) {
+        float* to = x + i * model.dim;
+        by_kind(model.embedding, [&](auto kind) { read_row<decltype(kind)>(model.embedding, tokens.ids[i], model.dim, to); });
+    });
+}
+
 template <class T>
 static void compute(
     const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
 ) {
-    auto wait = [&] { barrier.wait(omp_get_num_threads()); };
+    auto wait_before = [&](const Weight& next, long rows, long columns) {
+        by_kind(next, [&](auto kind) { ask_for<decltype(kind)>(next, share(rows).first, columns); });
+        barrier.wait(omp_get_num_threads());
+    };
+    auto wait_before_layer = [&](long layer) {
+        if (layer == model.layers) return wait_before(model.head, model.vocabulary, model.dim);
+        const Block& block = model.blocks[layer];
+        wait_before(block.qkv, block.heads() * model.head_dim, model.dim);
+    };
+    embed(model, tokens, state.x);
+    wait_before_layer(0);
     long dim = model.dim, count = tokens.count;
     for (long layer = 0; layer < model.layers; layer++) {
         const Block& block = model.blocks[layer];
+        long heads = block.heads() * model.head_dim, queries = block.query_heads * model.head_dim;
         auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
-        project(
-            block.qkv, block.heads() * model.head_dim, dim, count, normalised, state.wide, state.wide_row, false
-        );
-        wait();
+        project(block.qkv, heads, dim, count, normalised, state.wide, state.wide_row, false);
+        barrier.wait(omp_get_num_threads());
         place_heads<T>(model, block, tokens, state, eps);
-        wait();
+        barrier.wait(omp_get_num_threads());
         attend<T>(model, block, tokens, state);
-        wait();
+        wait_before(block.out, dim, queries);
         auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
-        project(block.out, dim, block.query_heads * model.head_dim, count, attended, state.x, dim, true);
-        wait();
+        project(block.out, dim, queries, count, attended, state.x, dim, true);
+        wait_before(block.gate_up, block.ffn_dim, dim);
         project_gated(model, block, tokens, state, eps);
-        wait();
+        wait_before(block.down, dim, block.ffn_dim);
         auto gated = [&](long i, float* to) {
             std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
         };
         project(block.down, dim, block.ffn_dim, count, gated, state.x, dim, true);
-        wait();
+        wait_before_layer(layer + 1);
     }
     auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
     project(model.head, model.vocabulary, dim, count, normalised, logits, model.vocabulary, false);
@@ -300,14 +316,14 @@ static void compute(
 
 using namespace openelm;
 
-// x (count, dim): the tokens' embeddings, replaced by the residual stream; logits (count, vocabulary).
+// logits (count, vocabulary)
 extern "C" void openelm_decode(
-    const void* description, float eps, long count, const long* slots, const long* positions, float* x, float* logits,
-    long threads
+    const void* description, float eps, long count, const long* ids, const long* slots, const long* positions,
+    float* logits, long threads
 ) {
     const Model& model = *(const Model*)description;
-    Tokens tokens{count, slots, positions};
-    State state{x, nullptr, nullptr, 0, 0};
+    Tokens tokens{count, ids, slots, positions};
+    State state{};
     long most_heads = 0;
     for (long i = 0; i < model.layers; i++) {
         const Block& block = model.blocks[i];
@@ -315,8 +331,9 @@ extern "C" void openelm_decode(
         most_heads = std::max(most_heads, block.query_heads);
     }
     for (long i = 0; i < count; i++) state.chunks = std::max(state.chunks, tokens.chunks(i));
-    long wide = count * state.wide_row;
-    state.wide = shared.floats(wide + count * most_heads * state.chunks * (model.head_dim + 2));
+    long stream = padded(count * model.dim), wide = padded(count * state.wide_row);
+    state.x = shared.floats(stream + wide + count * most_heads * state.chunks * (model.head_dim + 2));
+    state.wide = state.x + stream;
     state.attended = state.wide + wide;
     Barrier barrier;
 #pragma omp parallel num_threads(threads)

@@ -70,6 +70,7 @@ template <> struct Operands<bf16> {
 #endif
 
 template <class T> struct Plain {
+    using Number = T;
     using Input = std::conditional_t<std::is_same_v<T, bf16>, narrow, float>;
     static constexpr bool in_groups = false;
     static constexpr long bytes = STEP * sizeof(T);
@@ -94,9 +95,10 @@ template <long bits> inline vec whole_numbers(const uint8_t* p) {
     return __builtin_convertvector((ivec)numbers, vec);
 }
 
-template <class S, long bits> struct Grouped {
+template <class S, long bits_of_number> struct Grouped {
     using Input = narrow;
     using Scale = S;
+    static constexpr long bits = bits_of_number;
     static constexpr bool in_groups = true;
     static constexpr long bytes = STEP * bits / 8;
 #if defined(__AVX512BF16__)
@@ -267,6 +269,29 @@ void multiply_rows(
             long together = std::min(INPUTS, count - i);
             tile_of<Kind>(together, weight, row, last, columns, here, out + i * out_row, out_row, add);
         }
+}
+
+// Asks for the first rows that `multiply_rows` will want, which it asks for too late.
+template <class Kind> void ask_for(const Weight& weight, long first, long columns) {
+    long bytes = columns * Kind::bytes / STEP;
+    for (long i = 0; i < 2 * TILE * bytes; i += 64) __builtin_prefetch(weight.numbers + first * bytes + i);
+}
+
+// One row of a weight as numbers.
+template <class Kind> void read_row(const Weight& weight, long row, long columns, float* to) {
+    if constexpr (Kind::in_groups) {
+        long groups = columns / STEP;
+        const uint8_t* numbers = weight.numbers + row * groups * Kind::bytes;
+        auto *scales = (const typename Kind::Scale*)weight.scales, *biases = (const typename Kind::Scale*)weight.biases;
+        for (long i = 0; i < columns; i += WIDTH) {
+            long group = row * groups + i / STEP;
+            vec whole = whole_numbers<Kind::bits>(numbers + i * Kind::bits / 8);
+            store(to + i, whole * widen(scales[group]) + widen(biases[group]));
+        }
+    } else {
+        auto* from = (const typename Kind::Number*)weight.numbers + row * columns;
+        by_vectors(columns, [=](long i, long n) { store_some(to + i, load_some(from + i, n), n); });
+    }
 }
 
 // Calls with a value of the weight's kind.
