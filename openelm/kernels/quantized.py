@@ -14,11 +14,16 @@ from openelm.kernels.linear import linear
 WORD_BITS = 32
 
 
+def groups_of(numbers: Tensor, size: int) -> Tensor:
+    """Cut rows (..., columns) into groups: (..., columns / size, size)."""
+    return numbers.reshape(*numbers.shape[:-1], -1, size)
+
+
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Put whole numbers of `bits` bits, (..., columns), into words: uint32 (..., columns · bits / 32)."""
     per_word = WORD_BITS // bits
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64, device=numbers.device)
-    words = (numbers.long().unflatten(-1, (-1, per_word)) << shifts).sum(-1)
+    words = (groups_of(numbers.long(), per_word) << shifts).sum(-1)
     return words.to(torch.int32).view(torch.uint32)  # wraps around: the bits are the same
 
 
@@ -30,9 +35,9 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def dequantised(words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
-    """Return the numbers that words stand for, (..., columns), in the dtype of the scales; computed in fp32 at least."""
+    """Return the numbers that words stand for, (..., columns), in the dtype of the scales; sums are fp32 at least."""
     wide = torch.promote_types(scales.dtype, torch.float32)
-    grouped = unpack(words, bits).unflatten(-1, (-1, group)).to(wide)
+    grouped = groups_of(unpack(words, bits), group).to(wide)
     return (grouped * scales.to(wide)[..., None] + biases.to(wide)[..., None]).flatten(-2).to(scales.dtype)
 
 

@@ -238,10 +238,11 @@ class OpenELM(nn.Module):
             raise ConfigError(
                 what, fix="train the model that they were made from, or what openelm convert --to hf gives"
             )
-        return self._head.weight
+        weight: Tensor = self._head.weight
+        return weight
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
         return self.transformer.token_embeddings if self.lm_head is None else self.lm_head
 
     def layer_matrices(self) -> dict[str, int]:
