@@ -1,6 +1,6 @@
 """What quantised weights lose: python -m benchmarks.quality --model runs/demo/model --text HELD-OUT … [--json].
 
-Bits per byte of held-out text with the weights rounded to bf16; with those packed to 8 and 4 bits by `openelm quantize`;
+Bits per byte of held-out text with the weights rounded to bf16; with those packed to 8 and 4 bits by `openelm quantize`
 and with those packed as llama.cpp's Q8_0 and Q4_0, every matrix and the embedding too, by the `gguf` package, whose
 blocks are llama.cpp's. All are unpacked and scored by our scorer in fp32, so that the loss is that of the
 weights' format alone: llama.cpp rounds what it multiplies to 8 bits besides. "bits a weight" counts scales and biases.
@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor

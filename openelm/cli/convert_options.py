@@ -1,4 +1,4 @@
-"""The options of `openelm convert`, `openelm quantize` and `openelm push`; imports nothing that reads models, so help is instant."""
+"""The options of `convert`, `quantize` and `push`; imports nothing that reads models, so help is instant."""
 
 from __future__ import annotations
 

@@ -14,11 +14,12 @@ from openelm.cli.screen import Screen, WorkBar
 def quantize(arguments: argparse.Namespace) -> int:
     """Quantise a model folder, and say what it takes on the disk and, if asked, what it is worth, before and after."""
     from openelm.errors import ConfigError
+    from openelm.generate.quantize import Method
     from openelm.generate.quantize import quantize as write_quantized
     from openelm.model.device import reuse_freed_memory
     from openelm.model.weights import open_weights
 
-    method = arguments.method or ("rtn" if arguments.calibration is None else "gptq")
+    method: Method = arguments.method or ("rtn" if arguments.calibration is None else "gptq")
     if (method == "gptq") == (arguments.calibration is None):
         fix = "give --method gptq with --calibration TEXT, or neither"
         raise ConfigError(f"method {method} {'needs a' if method == 'gptq' else 'has no use for'} text", fix=fix)

@@ -178,8 +178,8 @@ def _write_mlx(source: Source, out: Path, options: Options, written: Callable[[i
     if options.quantize is None:
         return _write_folder(source, source.weights, out, options, written)
     if options.quantize not in map(str, BITS):
-        bits = ", ".join(map(str, BITS))
-        raise ConfigError(f"MLX numbers of {options.quantize} bits cannot be written", fix=f"bits: {bits}")
+        fix = f"bits: {', '.join(map(str, BITS))}"
+        raise ConfigError(f"MLX numbers of {options.quantize} bits cannot be written", fix=fix)
     bits = int(options.quantize)
     weights = packed(source.weights, bits, GROUP, lambda name: rounded(source.weights[name].read(), bits, GROUP))
     return _write_folder(source, weights, out, options, written, {"group_size": GROUP, "bits": bits})

@@ -30,7 +30,7 @@ class Source:
         path: the file or folder that was given.
         layout: "hf", "mlx", "corenet" or "gguf".
         weights: under the published names of the Hugging Face release.
-        packing: how its matrices are quantised, {"group_size": 64, "bits": 4}; `weights` are plain numbers all the same.
+        packing: how its matrices are quantised, {"group_size": 64, "bits": 4}; `weights` are plain all the same.
         stored_bytes: of the weights as they are on disk, where that is not what `weights` take.
         notes: for the user: what was missing, wrong or left out, and what was done about it.
     """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openelm.errors import NumericError
-from openelm.kernels.quantized import pack
+from openelm.kernels.quantized import groups_of, pack
 from openelm.model.quantized import Packed
 
 DAMPING = 0.01
@@ -25,7 +25,7 @@ def searched(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     Returns:
         Scales and biases (rows, columns / group), in the dtype of the weight.
     """
-    grouped = weight.unflatten(-1, (-1, group)).float()
+    grouped = groups_of(weight, group).float()
     low, high = grouped.aminmax(dim=-1)
     least, scales, biases = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
 
@@ -52,7 +52,7 @@ def searched(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 def rounded_to_searched(weight: Tensor, bits: int, group: int) -> Packed:
     """Round each number to the nearest one of its group's `searched` range."""
     scales, biases = searched(weight, bits, group)
-    numbers = _nearest(weight.unflatten(-1, (-1, group)).float(), scales.float(), biases.float(), bits)
+    numbers = _nearest(groups_of(weight, group).float(), scales.float(), biases.float(), bits)
     return pack(numbers.flatten(-2), bits), scales, biases
 
 

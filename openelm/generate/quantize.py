@@ -156,7 +156,7 @@ class _Calibrated:
         return parts
 
     def _embed(self, table: Tensor) -> None:
-        self._states = [table[batch].float() for batch in self._ids.split(_BATCH_ROWS)]
+        self._states = [table[batch].float() for batch in torch.split(self._ids, _BATCH_ROWS)]
         self._number = -1
 
     def _go_to(self, number: int) -> None:
@@ -174,7 +174,7 @@ class _Calibrated:
 
     def _hessian(self, module: nn.Module) -> Tensor:
         """Sum x xᵀ over all inputs x of a projection."""
-        columns = int(module.weight.shape[1])  # type: ignore[union-attr, arg-type]
+        columns = module.get_parameter("weight").shape[1]
         sums = torch.zeros(columns, columns)
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -229,5 +229,5 @@ def _card(folder: Path, quantization: Quantization, method: Method) -> str:
     bits, group = quantization.bits, quantization.group_size
     return (
         f"{text.rstrip()}\n\n## Quantised\n\nMatrices have {bits} bits a number, by groups of {group}, rounded "
-        f"{how[method]}. openelm and mlx-lm read this folder; `openelm convert . --to hf` unpacks it for transformers.\n"
+        f"{how[method]}. openelm and mlx-lm read this folder; `openelm convert … --to hf` unpacks it for others.\n"
     )

@@ -17,11 +17,16 @@ from openelm.kernels.native import call, runs_native
 WORD_BITS = 32
 
 
+def groups_of(numbers: Tensor, size: int) -> Tensor:
+    """Cut rows (..., columns) into groups: (..., columns / size, size)."""
+    return numbers.reshape(*numbers.shape[:-1], -1, size)
+
+
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Put whole numbers of `bits` bits, (..., columns), into words: uint32 (..., columns · bits / 32)."""
     per_word = WORD_BITS // bits
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64, device=numbers.device)
-    words = (numbers.long().unflatten(-1, (-1, per_word)) << shifts).sum(-1)
+    words = (groups_of(numbers.long(), per_word) << shifts).sum(-1)
     return words.to(torch.int32).view(torch.uint32)  # wraps around: the bits are the same
 
 
@@ -44,7 +49,7 @@ def dequantised(
         call("dequantise", rows, shape[-1], group, bits, scales.dtype == torch.bfloat16, *parts, out)
         return out
     wide = torch.promote_types(scales.dtype, torch.float32)
-    grouped = unpack(words, bits).unflatten(-1, (-1, group)).to(wide)
+    grouped = groups_of(unpack(words, bits), group).to(wide)
     found = (grouped * scales.to(wide)[..., None] + biases.to(wide)[..., None]).flatten(-2).to(scales.dtype)
     return found if out is None else out.copy_(found)
 

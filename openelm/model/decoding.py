@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
@@ -147,7 +148,7 @@ def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
     )
 
 
-def _weight(module: nn.Module) -> Weight:
+def _weight(module: Any) -> Weight:
     if isinstance(module, QuantizedMatrix):
         kind = module.quantization
         return Weight(module.weight, module.scales, module.biases, kind.bits, kind.group_size)

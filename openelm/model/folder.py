@@ -171,7 +171,7 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
 
 
 def open_model(folder: Path) -> tuple[OpenELM, Weights]:
-    """Open a model folder: an empty model on the meta device, and its weights, checked and not read; see `load_model`."""
+    """Open a model folder for `load_model`: an empty model on the meta device; its weights, checked and not read."""
     if not folder.is_dir():
         raise CheckpointError(
             "no such model folder", file=folder, fix="give a folder with config.json and model.safetensors"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError, ConfigError
-from openelm.kernels.quantized import WORD_BITS, dequantised, pack, quantized_linear
+from openelm.kernels.quantized import WORD_BITS, dequantised, groups_of, pack, quantized_linear
 from openelm.model.weights import LazyTensor, Weights
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Quantization(Config):
 def rounded(weight: Tensor, bits: int, group: int) -> Packed:
     """Round a matrix to the nearest of the numbers between each group's least and largest, as MLX does, to the bit."""
     bins = (1 << bits) - 1
-    grouped = weight.unflatten(-1, (-1, group)).float()
+    grouped = groups_of(weight, group).float()
     low, high = grouped.aminmax(dim=-1)
     below = low.abs() > high.abs()  # the end that is farther from zero is met exactly
     scales = ((high - low) / bins).clamp(min=_LEAST_SCALE)
@@ -106,6 +106,10 @@ def packed(weights: Weights, bits: int, group: int, pack_one: Callable[[str], Pa
 
 class QuantizedMatrix(nn.Module):
     """A matrix (rows, columns) as words, scales and biases, which do not learn."""
+
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor
 
     def __init__(self, rows: int, columns: int, quantization: Quantization) -> None:
         super().__init__()
@@ -146,7 +150,8 @@ def hold_quantized(model: OpenELM, quantization: Quantization) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.shape[1] % quantization.group_size == 0:
             kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
-            model.set_submodule(name, kind(*module.weight.shape, quantization))
+            rows, columns = module.weight.shape
+            model.set_submodule(name, kind(rows, columns, quantization))
     model.quantization = quantization
 
 

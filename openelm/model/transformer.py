@@ -238,10 +238,11 @@ class OpenELM(nn.Module):
             raise ConfigError(
                 what, fix="train the model that they were made from, or what openelm convert --to hf gives"
             )
-        return self.head.weight
+        weight: Tensor = self.head.weight
+        return weight
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """The module that holds the output matrix: the embedding, unless the config says otherwise."""
         return self.transformer.token_embeddings if self.lm_head is None else self.lm_head
 

@@ -121,7 +121,7 @@ def test_a_folder_is_quantised_and_gptq_is_nearer(folder: Path, tmp_path: Path, 
             bits=bits,
             method="gptq" if texts else "rtn",
             calibration=texts,
-            written=lambda *done: seen.append(done),
+            written=lambda done, total, seen=seen: seen.append((done, total)),  # type: ignore[misc]
         )
         assert seen[-1][0] == seen[-1][1] and len(seen) > 10
     eight, four, gptq = (divergence(tmp_path / name, exact, tokenizer) for name in ("eight", "four", "gptq"))
