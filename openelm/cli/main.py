@@ -15,6 +15,7 @@ from typing import TypeAlias
 from openelm import __version__
 from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options, add_push_options
 from openelm.cli.data_options import add_data_actions
+from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
@@ -34,6 +35,7 @@ _HANDLERS = {
     "bench": ("bench", "bench"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "serve": ("serve", "serve"),
     "data manifest": ("data", "manifest"),
     "data merge": ("data", "merge"),
     "convert": ("convert", "convert"),
@@ -45,6 +47,7 @@ _HANDLERS = {
 _EPILOG = """start here:
   openelm demo                                  text in, a talking model out, in about ten minutes on two cores
   openelm chat runs/demo/model                  talk with it
+  openelm serve runs/demo/model                 the same in a browser, and for programs
   openelm train RECIPE.toml --out runs/mine     train your own; the same command resumes
   openelm inspect 1.1b                          shapes and costs of a published size
 
@@ -347,6 +350,9 @@ def _add_talking(verbs: Verbs) -> None:
     for parser in (generate, chat):
         _add_sampling(parser)
         _add_device(parser)
+    serve = _verb(verbs, "serve", "serve a model to programs (OpenAI's API) and browsers (a chat page)", SERVE_EXAMPLE)
+    add_serve_options(serve)
+    _add_device(serve)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

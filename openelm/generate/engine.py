@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from openelm.errors import ConfigError, NumericError
+from openelm.errors import ConfigError, NumericError, OpenELMError
 from openelm.generate.sampling import SamplingConfig, choose
 from openelm.generate.stop import StopStrings
 from openelm.model.cache import KeyValueCache
@@ -37,6 +37,7 @@ class Token:
     text: str
     logprob: float
     finish_reason: FinishReason | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def make_cache(model: OpenELM, length_tokens: int) -> KeyValueCache:
@@ -84,6 +85,10 @@ def generate(
         new = choose(logits, config, generator, seen)[None]
         seen.index_fill_(0, new, True)
         token_id, logprob = _read(new, logits)
+        top: tuple[tuple[int, float], ...] = ()
+        if config.top_logprobs:
+            values, ids = logits.log_softmax(dim=-1).topk(min(config.top_logprobs, tokenizer.vocab_size))
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         finish_reason: FinishReason | None = None
         if token_id == tokenizer.eos_id:
             text, finish_reason = stops.push(stream.finish()), "stop"
@@ -94,9 +99,9 @@ def generate(
         if stops.found:
             finish_reason = "stop"
         if finish_reason:
-            yield Token(token_id, text + stops.finish(), logprob, finish_reason)
+            yield Token(token_id, text + stops.finish(), logprob, finish_reason, top)
             return
-        yield Token(token_id, text, logprob)
+        yield Token(token_id, text, logprob, None, top)
 
 
 def generate_text(model: OpenELM, tokenizer: Tokenizer, prompt: str, config: SamplingConfig) -> str:
@@ -141,3 +146,66 @@ def _read(chosen: Tensor, logits: Tensor) -> tuple[int, float]:
             fix="the weights are damaged, or too wide for their dtype: try float32",
         )
     return int(token_id), value
+
+
+class Generation:
+    """One request in the engine."""
+
+    def __init__(self, tokens: Iterator[Token], prompt_tokens: int) -> None:
+        self.tokens, self.prompt_tokens, self.reused_tokens, self.generated_tokens = tokens, prompt_tokens, 0, 0
+        self.finished, self.error, self._known = False, None, list[Token]()
+        self.error: OpenELMError | None
+
+    def take(self) -> list[Token]:
+        """Return the tokens that became known since the last call."""
+        known, self._known = self._known, []
+        return known
+
+
+class Engine:
+    """Generations side by side."""
+
+    def __init__(
+        self, model: OpenELM, tokenizer: Tokenizer, *, slots: int = 1, length: int | None = None, chunk: int = 256
+    ) -> None:
+        self._model, self._tokenizer, self._slots = model, tokenizer, slots
+        self._running: list[Generation] = []
+        self._queue: list[Generation] = []
+
+    @property
+    def active(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def submit(self, prompt_ids: Sequence[int], config: SamplingConfig, *, scope: str = "") -> Generation:
+        """Add a request."""
+        _room_tokens(self._model, self._tokenizer, prompt_ids)
+        made = Generation(generate(self._model, self._tokenizer, prompt_ids, config), len(prompt_ids))
+        self._queue.append(made)
+        return made
+
+    def step(self) -> bool:
+        """Make one token of each."""
+        while self._queue and len(self._running) < self._slots:
+            self._running.append(self._queue.pop(0))
+        for generation in list(self._running):
+            try:
+                token = next(generation.tokens)
+            except OpenELMError as error:
+                generation.error, generation.finished = error, True
+            else:
+                generation._known.append(token)
+                generation.generated_tokens += 1
+                generation.finished = token.finish_reason is not None
+            if generation.finished:
+                self._running.remove(generation)
+        return bool(self._running or self._queue)
+
+    def cancel(self, generation: Generation) -> None:
+        """Forget a request."""
+        for kept in (self._running, self._queue):
+            if generation in kept:
+                kept.remove(generation)

@@ -32,6 +32,10 @@ class SamplingConfig(Config):
     """End after this many tokens."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """End before the first of these strings; it is never part of the text."""
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    top_logprobs: int = Field(0, ge=0, le=20)
     seed: int = Field(0, ge=0, lt=2**63)
     """The same seed gives the same text."""
 

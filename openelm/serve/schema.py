@@ -1,0 +1,187 @@
+"""What may be asked: OpenAI's request bodies as far as this server goes, and errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from openelm.config import Config
+from openelm.serve.refusal import Refusal
+
+MOST_CHOICES = 16
+MOST_ALTERNATIVES = 20
+_NOT_OFFERED = {
+    "tools": "this server calls no tools",
+    "tool_choice": "this server calls no tools",
+    "parallel_tool_calls": "this server calls no tools",
+    "functions": "this server calls no functions",
+    "function_call": "this server calls no functions",
+    "tool_calls": "this server calls no tools",
+    "tool_call_id": "this server calls no tools",
+    "modalities": "this server answers with text only",
+    "audio": "this server answers with text only",
+    "suffix": "this model continues text, it does not fill gaps",
+    "best_of": "this server returns every choice it makes; use n",
+    "store": "this server stores nothing",
+    "prediction": "predicted outputs are not offered",
+    "reasoning_effort": "this model does not reason before it answers",
+    "web_search_options": "this server makes no requests of its own",
+    "service_tier": "there is one tier",
+    "verbosity": "there is no such control; use max_tokens",
+    "name": "names of speakers are not part of this model's chat format",
+}
+"""Fields of OpenAI's API that are refused, and why: taking them and doing nothing would be a lie."""
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Body = TypeVar("Body", bound="_Body")
+
+
+class _Body(Config):
+    """Null is as absent: OpenAI's client sends it for what was not set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+class Part(_Body):
+    """A piece of a message; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One turn; `developer` is OpenAI's newer word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    """`include_usage` asks for a last event with the tokens counted."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(_Body):
+    """Plain text."""
+
+    type: Literal["text"]
+
+
+class Asked(_Body):
+    """What chats and completions have in common: how to choose tokens, and when to stop."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: tuple[Stop, ...] = Field((), max_length=16)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024
+    )
+    user: Annotated[str, Field(max_length=1024)] = ""
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Asked:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options is allowed only with stream: true")
+        return self
+
+
+class ChatAsked(Asked):
+    """The body of /v1/chat/completions."""
+
+    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=4096)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _alternatives_are_of_logprobs(self) -> ChatAsked:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is allowed only with logprobs: true")
+        return self
+
+
+class TextAsked(Asked):
+    """The body of /v1/completions; a prompt is text or ids, and there may be several."""
+
+    prompt: str | tuple[Annotated[int, Field(ge=0)], ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]
+    max_tokens: Count = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    echo: bool = False
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str) or not self.prompt:
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [tuple(int(token_id) for token_id in self.prompt)]  # type: ignore[arg-type]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Read a request body.
+
+    Raises:
+        Refusal: 400; names the first field that is wrong, by its path.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        # A union tells one detail for each of its kinds; the first one is of the first kind.
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        raise _explain(kind, details[0]) from None
+
+
+def _explain(kind: type[_Body], detail: Any) -> Refusal:
+    path = [part for part in detail["loc"] if not _is_name_of_kind(part)]
+    key = str(path[-1])[:80] if path else ""
+    param = ".".join(str(part)[:80] for part in path) or None
+    if detail["type"] == "json_invalid":
+        return Refusal(400, f"the body is not valid JSON: {detail['msg'].removeprefix('Invalid JSON: ')}")
+    if detail["type"] == "missing":
+        return Refusal(400, f"{param} is missing", param=param, code="missing_required_parameter")
+    if detail["type"] == "extra_forbidden":
+        if why := _NOT_OFFERED.get(key):
+            return Refusal(400, f"{param}: {why}; leave it out", param=param, code="unsupported_parameter")
+        near = difflib.get_close_matches(key, kind.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return Refusal(400, f"unknown field {param}{hint}", param=param, code="unknown_parameter")
+    message = detail["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+_KINDS = {"str", "int", "float", "bool"}
+
+
+def _is_name_of_kind(part: int | str) -> bool:
+    """Tell pydantic's names of a union's kinds from the names of fields."""
+    return isinstance(part, str) and (part in _KINDS or "[" in part)
