@@ -82,6 +82,8 @@ def generate(
     new = known[cache.used :]
     for generated_tokens in count(1):
         logits = model.logits(model.hidden(new[None], cache=cache)[:, -1])[0, : tokenizer.vocab_size].float()
+        if config.logit_bias:
+            logits[list(config.logit_bias)] += torch.tensor(list(config.logit_bias.values()))
         new = choose(logits, config, generator, seen)[None]
         seen.index_fill_(0, new, True)
         token_id, logprob = _read(new, logits)

@@ -183,7 +183,7 @@ class TextAnswers(Answers):
         offsets = []
         for token in spoken:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._name(token.id))
+            self._offsets[index] += len(token.text)
         return {
             "tokens": [self._name(token.id) for token in spoken],
             "token_logprobs": [max(token.logprob, -9999.0) for token in spoken],

@@ -97,6 +97,8 @@ class _Routes:
         began, request_id = time.monotonic(), secrets.token_hex(8)
         request["id"] = request_id
         status = 499  # the client left, in the words of nginx's log
+        if not request.can_read_body:
+            self._service.connections.asked(request.protocol)
         try:
             request["scope"] = self._service.access.check(request)
             response = await handler(request)

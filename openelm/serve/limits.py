@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -115,9 +117,10 @@ class Connections:
         self._asking.add(connection)
 
     def answered(self, connection: Connection) -> None:
-        """Note that the answer is written; from now on the connection is silent."""
-        self._asking.discard(connection)
-        self._seen.pop(connection, None)
+        """Note that the answer is made; if a whole request had come, the connection is silent from now on."""
+        if connection in self._asking:
+            self._asking.discard(connection)
+            self._seen.pop(connection, None)
 
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
@@ -141,7 +144,7 @@ class Connections:
                 before.moving_at = now
             before.waiting_bytes = waiting_bytes
             if now - before.moving_at > self._limits.stalled_seconds:
-                before.transport.abort()
+                _reset(before.transport)
             elif connection not in self._asking and waiting_bytes == 0:
                 silent[_address(connection)].append((now - before.silent_since, before.transport))
         for found in silent.values():
@@ -153,6 +156,13 @@ class Connections:
             crowding = index < too_many and seconds > self._limits.silent_grace_seconds
             if crowding or seconds > self._limits.arrive_seconds:
                 transport.abort()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection together with the bytes that the kernel would try to send for many minutes more."""
+    if (connected := transport.get_extra_info("socket")) is not None:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _address(connection: Connection) -> object:

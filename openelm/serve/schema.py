@@ -34,7 +34,13 @@ _NOT_OFFERED = {
 }
 """Fields of OpenAI's API that are refused, and why: taking them and doing nothing would be a lie."""
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_MOST = 2**31 - 1
+_SEVERAL_KINDS = {
+    "prompt": "text, a list of texts, a list of token ids, or a list of such lists",
+    "content": 'text, or a list of {"type": "text", "text": …}',
+}
+"""Of these pydantic tells what is wrong with each kind; a person wants to know which kinds there are."""
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Body = TypeVar("Body", bound="_Body")
 
@@ -83,22 +89,22 @@ class Asked(_Body):
     """What chats and completions have in common: how to choose tokens, and when to stop."""
 
     model: str
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: tuple[Stop, ...] = Field((), max_length=16)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
         default_factory=dict, max_length=1024
     )
-    user: Annotated[str, Field(max_length=1024)] = ""
-    top_k: Count | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    user: str = Field("", max_length=1024)
+    top_k: int | None = Field(None, ge=1, le=_MOST)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -116,10 +122,10 @@ class ChatAsked(Asked):
     """The body of /v1/chat/completions."""
 
     messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=4096)
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: int | None = Field(None, ge=1, le=_MOST)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
@@ -133,8 +139,8 @@ class TextAsked(Asked):
     """The body of /v1/completions; a prompt is text or ids, and there may be several."""
 
     prompt: str | tuple[Annotated[int, Field(ge=0)], ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]
-    max_tokens: Count = 16
-    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    max_tokens: int = Field(16, ge=1, le=_MOST)
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     echo: bool = False
 
     @property
@@ -156,7 +162,6 @@ def parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        # A union tells one detail for each of its kinds; the first one is of the first kind.
         details = error.errors(include_url=False, include_context=False, include_input=False)
         raise _explain(kind, details[0]) from None
 
@@ -164,6 +169,9 @@ def parse(kind: type[Body], body: bytes) -> Body:
 def _explain(kind: type[_Body], detail: Any) -> Refusal:
     path = [part for part in detail["loc"] if not _is_name_of_kind(part)]
     key = str(path[-1])[:80] if path else ""
+    if allowed := next((_SEVERAL_KINDS[part] for part in path if part in _SEVERAL_KINDS), None):
+        path = path[: 1 + next(index for index, part in enumerate(path) if part in _SEVERAL_KINDS)]
+        detail = {**detail, "type": "kind", "msg": f"must be {allowed}"} if detail["type"] != "missing" else detail
     param = ".".join(str(part)[:80] for part in path) or None
     if detail["type"] == "json_invalid":
         return Refusal(400, f"the body is not valid JSON: {detail['msg'].removeprefix('Invalid JSON: ')}")

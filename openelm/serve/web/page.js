@@ -331,7 +331,7 @@ function showModel() {
   at("welcome-title").textContent = chat ? "What is on your mind?" : "How does it begin?";
   at("welcome-text").textContent = chat
     ? "Nothing you write leaves your browser and this server. Point at a word of a reply to see what else the model considered."
-    : "This model was not tuned to answer: it continues the text you give it. Continue with an empty box asks for more. Point at a word to see what else the model considered.";
+    : "This model was not tuned to answer: it continues the text you give it. With an empty box, Continue asks for more. Point at a word to see what else the model considered.";
   at("examples").replaceChildren(...EXAMPLES[chat ? "chat" : "text"].map((text) =>
     make("button", { type: "button", textContent: text, onclick: () => send(text) })));
   at("max_tokens").max = model.context_tokens;
@@ -365,7 +365,7 @@ function listen() {
     event.preventDefault();
     send(at("message").value);
   });
-  at("stop").addEventListener("click", () => running?.abort());
+  at("stop").addEventListener("click", () => { running?.abort(); at("message").focus(); });
   at("again").addEventListener("click", again);
   at("copy").addEventListener("click", async () => {
     await navigator.clipboard.writeText(model.chat_tuned ? textOf(turns.at(-1)) : turns.map(textOf).join(""));
