@@ -171,6 +171,7 @@ class Engine:
         self, model: OpenELM, tokenizer: Tokenizer, *, slots: int = 1, length: int | None = None, chunk: int = 256
     ) -> None:
         self._model, self._tokenizer, self._slots = model, tokenizer, slots
+        self._length = length or model.config.max_context_length
         self._running: list[Generation] = []
         self._queue: list[Generation] = []
 
@@ -185,6 +186,8 @@ class Engine:
     def submit(self, prompt_ids: Sequence[int], config: SamplingConfig, *, scope: str = "") -> Generation:
         """Add a request."""
         _room_tokens(self._model, self._tokenizer, prompt_ids)
+        limit = min(config.max_tokens, self._length - len(prompt_ids) + 1)
+        config = config.model_copy(update={"max_tokens": limit})
         made = Generation(generate(self._model, self._tokenizer, prompt_ids, config), len(prompt_ids))
         self._queue.append(made)
         return made

@@ -165,12 +165,8 @@ class _Routes:
         body = await service.bodies.read(request)
         began = time.monotonic()
         service.connections.asked(request.protocol)
-        held = 1
-        service.worker.hold(held)
+        reply, prepared = await self._submitted(body, prepare, request["scope"])
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(service.threads, prepare, body)
-            service.worker.hold(len(prepared.choices) - held)
-            held = len(prepared.choices)
             answers = kind(
                 service.tokenizer,
                 model=service.model["id"],
@@ -179,18 +175,27 @@ class _Routes:
                 prompt_tokens=prepared.prompt_tokens,
                 usage_in_stream=prepared.asked.stream_options.include_usage,
             )
-            reply = service.worker.submit(prepared.choices, scope=request["scope"])
-            try:
-                made = _Made(service.metrics, prepared, began, request["id"])
-                if prepared.asked.stream:
-                    return await _stream(request, reply, made, answers)
-                async for piece in reply:
-                    made.add(piece)
-                return web.json_response(answers.whole(made.choices, made.usage(answers)))
-            finally:
-                reply.close()
+            made = _Made(service.metrics, prepared, began, request["id"])
+            if prepared.asked.stream:
+                return await _stream(request, reply, made, answers)
+            async for piece in reply:
+                made.add(piece)
+            return web.json_response(answers.whole(made.choices, made.usage(answers)))
         finally:
-            service.worker.release(held)
+            reply.close()
+
+    async def _submitted(
+        self, body: bytes, prepare: Callable[[bytes], Prepared], scope: str
+    ) -> tuple[Reply, Prepared]:
+        worker = self._service.worker
+        worker.hold(1)  # before the work of preparing; the other choices when their number is known
+        try:
+            prepared = await asyncio.get_running_loop().run_in_executor(self._service.threads, prepare, body)
+            worker.hold(len(prepared.choices) - 1)
+        except BaseException:
+            worker.release(1)
+            raise
+        return worker.submit(prepared.choices, scope=scope), prepared
 
 
 class _Made:

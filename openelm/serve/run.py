@@ -201,7 +201,7 @@ async def _told_to_stop() -> None:
 
 async def _drained(worker: Worker, seconds: float) -> None:
     end = asyncio.get_running_loop().time() + seconds
-    while worker.held and asyncio.get_running_loop().time() < end:
+    while worker.unread and asyncio.get_running_loop().time() < end:
         await asyncio.sleep(0.02)
 
 

@@ -15,6 +15,8 @@ from openelm.generate.sampling import SamplingConfig
 from openelm.serve.refusal import busy, ending
 
 _log = logging.getLogger("openelm.serve")
+_UNREAD = 4
+"""So many times the places may be answers that wait for their readers: these hold memory, but no place."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,30 @@ class Piece:
 
 
 class Reply:
-    """The choices of one request, as they are made; lives on the event loop, and is read once."""
+    """The choices of one request, as they are made; lives on the event loop, is read once, and must be closed."""
 
     def __init__(self, worker: Worker, choices: int) -> None:
-        self._worker, self._pieces, self._open = worker, asyncio.Queue[Piece](), set(range(choices))
+        self._worker, self._pieces = worker, asyncio.Queue[Piece]()
+        self._making, self._unread = set(range(choices)), set(range(choices))
 
     def deliver(self, piece: Piece) -> None:
-        """Take what the engine made."""
+        """Take what the engine made; a place is free once its choice is made, however slowly it is read."""
         self._pieces.put_nowait(piece)
+        if piece.finished and piece.index in self._making:
+            self._making.discard(piece.index)
+            self._worker.release(1)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        while self._open:
+        while self._unread:
             piece = await self._pieces.get()
             if piece.finished:
-                self._open.discard(piece.index)
+                self._unread.discard(piece.index)
             yield piece
 
     def close(self) -> None:
         """Stop what is still being made; at most one step of the engine later its slots are free."""
-        if self._open:
-            self._worker.cancel(self)
+        self._worker.closed(self, len(self._making))
+        self._making.clear()
 
 
 class Worker:
@@ -70,7 +76,7 @@ class Worker:
         self._engine, self._most = engine, slots + waiting
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[Generation, tuple[Reply, int]] = {}
-        self._held = 0
+        self._held, self._replies = 0, 0
         self._ending = False
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -86,24 +92,24 @@ class Worker:
         return self._held
 
     @property
+    def unread(self) -> int:
+        """Answers that are not yet written to the end."""
+        return self._replies
+
+    @property
     def active(self) -> int:
         """Slots in use."""
         return self._engine.active
 
-    @property
-    def room(self) -> int:
-        """Choices that can still be taken."""
-        return self._most - self._held
-
     def hold(self, choices: int) -> None:
-        """Keep places for choices, before any work is done for them; `release` gives them back.
+        """Keep places for choices, before any work is done for them.
 
         Raises:
-            Refusal: 429, the queue is full; 503, the server is ending.
+            Refusal: 429, the queue is full, or too many answers wait for readers; 503, the server is ending.
         """
         if self._ending:
             raise ending()
-        if choices > self.room:
+        if choices > self._most - self._held or self._replies >= _UNREAD * self._most:
             raise busy()
         self._held += choices
 
@@ -112,14 +118,18 @@ class Worker:
         self._held -= choices
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingConfig]], *, scope: str) -> Reply:
-        """Have prompts continued, one choice each."""
+        """Have prompts continued, one choice each, in places that are held; the reply gives them back."""
         reply = Reply(self, len(prompts))
+        self._replies += 1
         self._inbox.put(lambda: self._start(reply, prompts, scope))
         return reply
 
-    def cancel(self, reply: Reply) -> None:
-        """Stop everything that is made for a reply."""
-        self._inbox.put(lambda: self._drop(reply))
+    def closed(self, reply: Reply, making: int) -> None:
+        """Stop the choices that are still being made for a reply that nobody reads any more."""
+        self._replies -= 1
+        if making:
+            self.release(making)
+            self._inbox.put(lambda: self._drop(reply))
 
     def end(self) -> None:
         """Take no more requests; those that are being made go on."""
