@@ -118,10 +118,14 @@ class Answers(ABC):
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None: ...
 
     def _name(self, token_id: int) -> str:
-        """Show an id as text; a piece of a character is shown as U+FFFD, and has its bytes beside it."""
+        """Show an id as text; a part of a character as OpenAI does, so that two parts have two names."""
         if token_id in (self._tokenizer.bos_id, self._tokenizer.eos_id):
             return "</s>" if token_id == self._tokenizer.eos_id else "<s>"
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _spoken(self, tokens: Sequence[Token]) -> list[Token]:
         """Leave out the end token: it is no part of the text."""

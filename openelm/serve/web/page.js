@@ -54,7 +54,7 @@ function recall() {
 // ---- the conversation
 
 const textOf = (turn) => turn.pieces.map((piece) => piece.text).join("");
-const shown = (name) => name.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·") || "␀";
+const shown = (name) => name.replace(/^bytes:/, "").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·") || "␀";
 
 function spanOf(piece) {
   const span = make("span", { textContent: piece.text });
@@ -92,9 +92,16 @@ function showState() {
   at("talk").setAttribute("aria-busy", String(running !== null));
 }
 
+let following = false; // asked for, and not yet done: one layout a frame, however fast tokens come
+
 function follow(force = false) {
   const scroll = at("scroll");
-  if (force || scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 120) scroll.scrollTop = scroll.scrollHeight;
+  if (following && !force) return;
+  following = true;
+  requestAnimationFrame(() => {
+    following = false;
+    if (force || scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 160) scroll.scrollTop = scroll.scrollHeight;
+  });
 }
 
 function request() {
