@@ -15,6 +15,7 @@ from typing import TypeAlias
 from openelm import __version__
 from openelm.cli.convert_options import CONVERT_EXAMPLE, add_convert_options, add_push_options
 from openelm.cli.data_options import add_data_actions
+from openelm.cli.sampling_options import add_sampling_options
 from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
@@ -344,27 +345,21 @@ def _add_talking(verbs: Verbs) -> None:
     )
     generate.add_argument("model", help="model folder")
     generate.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
+    generate.add_argument(
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="afterwards, list each token's N likeliest rivals and their log-probabilities on standard error",
+    )
     chat = _verb(verbs, "chat", "talk with a model", "openelm chat runs/demo/model")
     chat.add_argument("model", help="model folder")
     chat.add_argument("--system", default="", help="instructions before the conversation (chat-tuned models)")
     for parser in (generate, chat):
-        _add_sampling(parser)
+        add_sampling_options(parser)
         _add_device(parser)
     serve = _verb(verbs, "serve", "serve a model to programs (OpenAI's API) and browsers (a chat page)", SERVE_EXAMPLE)
     add_serve_options(serve)
     _add_device(serve)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    options = parser.add_argument_group("sampling")
-    options.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8)")
-    options.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    options.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that sum to P")
-    options.add_argument("--min-p", type=float, metavar="P", help="only tokens P times as likely as the likeliest")
-    options.add_argument("--repetition-penalty", type=float, metavar="F", help="above 1: avoid tokens already seen")
-    options.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (default: 256)")
-    options.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
-    options.add_argument("--seed", type=int, help="the same seed gives the same text (default: 0)")
 
 
 def _add_data(verbs: Verbs) -> None:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from openelm.errors import ConfigError
 from openelm.generate.chat import Continuation, Conversation
-from openelm.generate.engine import Token, prompt_ids
 from openelm.generate.engine import generate as generate_tokens
+from openelm.generate.engine import prompt_ids
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.device import choose_device
 from openelm.model.folder import is_chat_tuned, load_model
-from openelm.text.tokenizer import load_tokenizer
+from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
-_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "stop", "seed")
+_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_logprobs",
+    "regex",
+    "max_tokens",
+    "stop",
+    "seed",
+)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -27,7 +43,10 @@ def generate(arguments: argparse.Namespace) -> int:
     tokens = generate_tokens(model, tokenizer, prompt_ids(tokenizer, prompt), sampling)
     first = next(tokens)  # a bad prompt is an error before anything is printed
     print(prompt + first.text, end="", flush=True)
-    _stream(tokens)
+    made = [first, *_passed_on(tokens)]
+    print()
+    if sampling.top_logprobs:
+        _print_top(made, tokenizer)
     return 0
 
 
@@ -62,11 +81,64 @@ def _read_line() -> str | None:
 
 
 def _stream(tokens: Iterator[Token]) -> None:
-    for token in tokens:
-        print(token.text, end="", flush=True)
+    for _ in _passed_on(tokens):
+        pass
     print()
 
 
+def _passed_on(tokens: Iterator[Token]) -> Iterator[Token]:
+    for token in tokens:
+        print(token.text, end="", flush=True)
+        yield token
+
+
+def _print_top(tokens: list[Token], tokenizer: Tokenizer) -> None:
+    """One line a token: itself, then the likeliest there, each with its log-probability."""
+    for token in tokens:
+        shown = [(token.id, token.logprob), *token.top]
+        words = [f"{_name(tokenizer, token_id)} {logprob:.3f}" for token_id, logprob in shown]
+        print("\t".join(words), file=sys.stderr)
+
+
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    """Write a token as Python would, with what is no text as bytes."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return repr(data.decode()) if data else f"<{token_id}>"
+    except UnicodeDecodeError:
+        return repr(data)
+
+
 def _sampling(arguments: argparse.Namespace) -> SamplingConfig:
-    given = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    given = {name: value for name in _OPTIONS if (value := getattr(arguments, name, None)) is not None}
+    if arguments.logit_bias:
+        given["logit_bias"] = dict(map(_bias, arguments.logit_bias))
+    if arguments.json_schema is not None:
+        given["json_schema"] = _read_schema(Path(arguments.json_schema))
+    if arguments.grammar is not None:
+        given["grammar"] = _read_text(Path(arguments.grammar))
     return SamplingConfig.parse(given)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise ConfigError(f"logit_bias {text!r} is not of the form ID=VALUE", fix="for example 65=-100") from None
+
+
+def _read_schema(file: Path) -> object:
+    try:
+        return json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"json_schema: not JSON: {error}", file=file) from None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=file, fix="give the path of a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", file=file, offset=error.start) from None

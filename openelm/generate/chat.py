@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Iterator
 
 from openelm.errors import ConfigError
-from openelm.generate.engine import Token, generate, make_cache, prompt_ids
+from openelm.generate.engine import Engine, prompt_ids
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
 from openelm.text.chat import Message, encode_chat
 from openelm.text.tokenizer import Tokenizer
-
-
-class PrefixCache:
-    """A cache kept between prompts: what a prompt shares with the start of the last one is not read again."""
-
-    def __init__(self, model: OpenELM, tokenizer: Tokenizer) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._cache = make_cache(model, model.config.max_context_length)
-        self._ids: list[int] = []
-
-    def generate(self, ids: Sequence[int], config: SamplingConfig) -> Iterator[Token]:
-        """Continue a prompt like `engine.generate`."""
-        pairs = zip(ids, self._ids[: self._cache.used], strict=False)
-        self._cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        self._ids = list(ids)
-        for token in generate(self._model, self._tokenizer, ids, config, cache=self._cache):
-            self._ids.append(token.id)
-            yield token
 
 
 class Conversation:
@@ -45,7 +27,7 @@ class Conversation:
             tokenizer,
             config,
         )
-        self._cache = PrefixCache(model, tokenizer)
+        self._engine = Engine(model, tokenizer)
         self._turn = 0
 
     def reply(self, text: str) -> Iterator[Token]:
@@ -61,7 +43,7 @@ class Conversation:
         self.messages = messages
         pieces: list[str] = []
         try:
-            yield from _collected(self._cache.generate(ids, _of_turn(self._config, self._turn)), pieces)
+            yield from _collected(self._engine.stream(ids, _of_turn(self._config, self._turn)), pieces)
         finally:
             self.messages = [*messages, Message("assistant", "".join(pieces))]
             self._turn += 1
@@ -90,7 +72,7 @@ class Continuation:
             tokenizer,
             config,
         )
-        self._cache = PrefixCache(model, tokenizer)
+        self._engine = Engine(model, tokenizer)
         self._turn = 0
 
     def reply(self, text: str) -> Iterator[Token]:
@@ -103,7 +85,7 @@ class Continuation:
             ids = [*start, *ids[len(ids) - longest + len(start) :]]
         pieces: list[str] = []
         try:
-            yield from _collected(self._cache.generate(ids, _of_turn(self._config, self._turn)), pieces)
+            yield from _collected(self._engine.stream(ids, _of_turn(self._config, self._turn)), pieces)
         finally:
             self.text = before + "".join(pieces)
             self._turn += 1

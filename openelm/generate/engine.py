@@ -1,109 +1,303 @@
-"""The token loop: prefill, then one token at a time, each handed over as soon as it is known."""
+"""Continuous batching: requests come and go while others are answered, each in a slot of one cache."""
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
-from typing import Literal
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from openelm.errors import ConfigError, NumericError, OpenELMError
-from openelm.generate.sampling import SamplingConfig, choose
-from openelm.generate.stop import StopStrings
-from openelm.model.cache import KeyValueCache
+from openelm.errors import ConfigError, OpenELMError
+from openelm.generate.request import Chosen, Generation, Token, read_choices
+from openelm.generate.sampler import Choice
+from openelm.generate.sampling import SamplingConfig
+from openelm.model.decoding import Decoder
 from openelm.model.transformer import OpenELM
-from openelm.text.tokenizer import TextStream, Tokenizer
-
-FinishReason = Literal["stop", "length"]
+from openelm.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
+class Proposer(Protocol):
+    """Guesses how texts go on (`generate.speculative`); what it says changes the speed and nothing else."""
 
-    Attributes:
-        id: its number in the tokenizer.
-        text: the text that is certain now: whole characters, possibly none, and never of a stop string.
-        logprob: natural log of the model's own probability, before penalty, temperature and filters.
-        finish_reason: on the last token alone: "stop" (end of text, or a stop string) or "length"
-            (max_tokens, or the context is full).
-    """
-
-    id: int
-    text: str
-    logprob: float
-    finish_reason: FinishReason | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    def propose(self, slot: int, ids: Sequence[int], most: int) -> list[int]:
+        """Guess up to `most` tokens after `ids`, of which the slot held a part when it was asked last."""
 
 
-def make_cache(model: OpenELM, length_tokens: int) -> KeyValueCache:
-    """Make a cache for one sequence of the model, on its device and in its dtype."""
-    weight = next(model.parameters())
-    return KeyValueCache(model.config.plan, 1, length_tokens, dtype=weight.dtype, device=weight.device)
+@dataclass(eq=False)
+class _Slot:
+    """A place in the cache: whose it is, and the ids that it holds, which outlive the request."""
+
+    index: int
+    generation: Generation | None = None
+    scope: str = ""
+    ids: list[int] = field(default_factory=list)
+    last_used: int = 0
+
+    def shared(self, generation: Generation) -> int:
+        """Count the tokens of a request's prompt that stand here; one at least must be read, to predict the next."""
+        if self.scope != generation.scope:
+            return 0
+        return min(_common(self.ids, generation.ids), generation.prompt_tokens - 1)
+
+    def will_share(self, generation: Generation) -> int:
+        """Count those that will stand here when the prompt that is being read has been read."""
+        if self.generation is None or self.scope != generation.scope:
+            return 0
+        return min(_common(self.generation.ids, generation.ids), generation.prompt_tokens - 1)
 
 
-@torch.inference_mode()
-def generate(
-    model: OpenELM,
-    tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    config: SamplingConfig,
-    *,
-    cache: KeyValueCache | None = None,
-) -> Iterator[Token]:
-    """Continue a prompt, token by token; the device is read once a token. Errors come with the first token.
+class Engine:
+    """Generates for many requests with one model; belongs to one thread.
+
+    A step reads at most one stretch of one prompt, so that those who are being answered wait for no long prompt, and
+    takes every other request one token on. What a text says depends on its own request alone.
 
     Args:
-        prompt_ids: ids with the BOS id first, at most the model's context long.
-        cache: one row that already holds the first `cache.used` ids of the prompt; afterwards it holds every
-            id but the last one generated. None makes one.
+        slots: requests answered at a time; others wait in order.
+        length: tokens a slot holds; by default the model's context, which is also the most.
+        chunk: tokens of a prompt that are read in a step.
+        proposer: guesses tokens that are then computed together.
 
     Raises:
-        ConfigError: the prompt is empty, longer than the context, or holds an id the tokenizer does not have.
-        NumericError: the model's logits are not finite.
+        ConfigError: the tokenizer is not the model's.
     """
-    limit_tokens = min(config.max_tokens, _room_tokens(model, tokenizer, prompt_ids))
-    if cache is None:
-        cache = make_cache(model, len(prompt_ids) + limit_tokens - 1)
-    device = next(model.parameters()).device
-    known = torch.tensor(prompt_ids, device=device)
-    seen = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device)
-    seen[known] = True
-    generator = torch.Generator().manual_seed(config.seed)
-    continues = any(tokenizer.token_bytes(token_id) for token_id in prompt_ids)
-    stream, stops = TextStream(tokenizer, continues=continues), StopStrings(config.stop)
 
-    # At least one id must pass the model to predict the next.
-    cache.truncate(min(cache.used, len(prompt_ids) - 1))
-    new = known[cache.used :]
-    for generated_tokens in count(1):
-        logits = model.logits(model.hidden(new[None], cache=cache)[:, -1])[0, : tokenizer.vocab_size].float()
-        if config.logit_bias:
-            logits[list(config.logit_bias)] += torch.tensor(list(config.logit_bias.values()))
-        new = choose(logits, config, generator, seen)[None]
-        seen.index_fill_(0, new, True)
-        token_id, logprob = _read(new, logits)
-        top: tuple[tuple[int, float], ...] = ()
-        if config.top_logprobs:
-            values, ids = logits.log_softmax(dim=-1).topk(min(config.top_logprobs, tokenizer.vocab_size))
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        finish_reason: FinishReason | None = None
-        if token_id == tokenizer.eos_id:
-            text, finish_reason = stops.push(stream.finish()), "stop"
-        else:
-            text = stops.push(stream.push(token_id))
-            if generated_tokens == limit_tokens:
-                text, finish_reason = text + stops.push(stream.finish()), "length"
-        if stops.found:
-            finish_reason = "stop"
-        if finish_reason:
-            yield Token(token_id, text + stops.finish(), logprob, finish_reason, top)
-            return
-        yield Token(token_id, text, logprob, None, top)
+    def __init__(
+        self,
+        model: OpenELM,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 1,
+        length: int | None = None,
+        chunk: int = 256,
+        proposer: Proposer | None = None,
+    ) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model only {model.config.vocab_size}",
+                fix="use the tokenizer the model was trained with",
+            )
+        context = model.config.max_context_length
+        self._length = min(context, length or context)
+        self._tokenizer, self._chunk, self._proposer = tokenizer, chunk, proposer
+        self._decoder = Decoder(model, slots, self._length)
+        self._slots = [_Slot(index) for index in range(slots)]
+        self._waiting: deque[Generation] = deque()
+        self._reading: deque[_Slot] = deque()
+        self._time = count(1)
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return sum(slot.generation is not None for slot in self._slots)
+
+    @property
+    def running(self) -> tuple[Generation, ...]:
+        """Requests that have a slot."""
+        return tuple(slot.generation for slot in self._slots if slot.generation is not None)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    def submit(self, prompt_ids: Sequence[int], config: SamplingConfig, *, scope: str = "") -> Generation:
+        """Take a request; it starts with the next step that finds a slot for it.
+
+        Args:
+            prompt_ids: ids with the BOS id first, at most a slot long.
+            scope: requests of one scope use each other's prompts in the cache, others never do.
+
+        Raises:
+            ConfigError: the prompt is empty, too long, or holds an id the tokenizer does not have; or a bias or a
+                constraint of `config` cannot be used with the tokenizer.
+        """
+        limit_tokens = min(config.max_tokens, self._room_tokens(prompt_ids))
+        generation = Generation(prompt_ids, config, self._tokenizer, limit_tokens, scope, self._decoder.device)
+        self._waiting.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request now; its slot is free at once."""
+        generation.finished = True
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        self._free(generation)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Go one step on with everything; returns whether there was anything to do."""
+        self._place_waiting()
+        if not self.active:
+            return False
+        running = [slot for slot in self._slots if slot.generation is not None and slot not in self._reading]
+        first = self._read_stretch()
+        if first is not None:
+            self._choose([first])
+        if running:
+            self._choose(self._decoded(running))
+        return True
+
+    def stream(self, prompt_ids: Sequence[int], config: SamplingConfig, *, scope: str = "") -> Iterator[Token]:
+        """Submit a request and hand its tokens over as they are known; leaving early cancels it.
+
+        Raises:
+            ConfigError: as `submit`, with the first token.
+            NumericError: the model's logits are not finite.
+        """
+        generation = self.submit(prompt_ids, config, scope=scope)
+        try:
+            while not generation.finished:
+                self.step()
+                yield from generation.take()
+        finally:
+            self.cancel(generation)
+        if generation.error is not None:
+            raise generation.error
+
+    def _room_tokens(self, prompt_ids: Sequence[int]) -> int:
+        """Count tokens that can follow: the rest of a slot and one more, as the last is not read back."""
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty", fix="give some text, or a tokenizer with a BOS id")
+        if len(prompt_ids) > self._length:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens and the model's context is {self._length}",
+                fix="shorten the prompt",
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._tokenizer.vocab_size:
+            raise ConfigError(
+                f"a prompt id is outside 0..{self._tokenizer.vocab_size - 1}", fix="encode with the model's tokenizer"
+            )
+        return self._length - len(prompt_ids) + 1
+
+    def _place_waiting(self) -> None:
+        """Give free slots to those who wait, but not before most of their prompt has been read for somebody else."""
+        for generation in list(self._waiting):
+            free = [slot for slot in self._slots if slot.generation is None]
+            if not free:
+                return
+            source = max(self._slots, key=lambda slot: slot.shared(generation))
+            shared = source.shared(generation)
+            if any(2 * (slot.will_share(generation) - shared) > generation.prompt_tokens for slot in self._reading):
+                continue
+            self._waiting.remove(generation)
+            slot = min(free, key=lambda slot: slot.last_used)
+            if source in free and 2 * shared >= len(source.ids):
+                slot = source  # otherwise more would be lost than is shared
+            if slot is source:
+                self._decoder.truncate(slot.index, shared)
+            else:
+                self._decoder.copy(source.index, slot.index, shared)
+            slot.generation, slot.scope, slot.ids = generation, generation.scope, generation.ids[:shared]
+            generation.reused_tokens = shared
+            self._reading.append(slot)
+
+    def _read_stretch(self) -> tuple[_Slot, Tensor] | None:
+        """Read a stretch of the prompt that waited longest; returns its logits (1, V) where the prompt ends."""
+        if not self._reading:
+            return None
+        slot = self._reading.popleft()
+        assert slot.generation is not None
+        new = slot.generation.ids[len(slot.ids) :][: self._chunk]
+        logits = self._decoder.prefill(slot.index, new)
+        slot.ids += new
+        if len(slot.ids) < slot.generation.prompt_tokens:
+            self._reading.append(slot)
+            return None
+        return slot, logits[None]
+
+    def _decoded(self, running: list[_Slot]) -> list[tuple[_Slot, Tensor]]:
+        """Compute the last token of each, and what the proposer guesses; returns logits (1 + guesses, V) of each."""
+        ids, slots, counts = list[int](), list[int](), list[int]()
+        for slot in running:
+            generation = slot.generation
+            assert generation is not None
+            new = generation.ids[-1:]
+            if self._proposer is not None:
+                most = generation.limit_tokens - generation.generated_tokens - 1
+                guesses = self._proposer.propose(slot.index, generation.ids, most)[:most]
+                generation.proposed_tokens += len(guesses)
+                new = [*new, *guesses]
+            slot.ids += new
+            ids, slots, counts = [*ids, *new], [*slots, *[slot.index] * len(new)], [*counts, len(new)]
+        return list(zip(running, torch.split(self._decoder.step(ids, slots), counts), strict=True))
+
+    def _choose(self, found: list[tuple[_Slot, Tensor]]) -> None:
+        """Choose a token for each; where the guess was right the next one too, until a guess was wrong."""
+        for place in count():
+            found = [
+                (slot, logits) for slot, logits in found if place < len(logits) and self._goes_on(slot, logits, place)
+            ]
+            if not found:
+                return
+            chosen = self._chosen([(slot, logits[place, : self._tokenizer.vocab_size]) for slot, logits in found])
+            for (slot, _), choice in zip(found, chosen, strict=True):
+                if choice is not None:
+                    self._add(slot, choice)
+
+    def _goes_on(self, slot: _Slot, logits: Tensor, place: int) -> bool:
+        """Tell whether the ids at a place of the last step are the ones chosen; forget those that are not."""
+        generation = slot.generation
+        if generation is None:
+            return False
+        computed = len(slot.ids) - len(logits) + place
+        if place == 0 or slot.ids[computed] == generation.ids[computed]:
+            generation.accepted_tokens += place > 0
+            return True
+        del slot.ids[computed:]
+        self._decoder.truncate(slot.index, computed)
+        return False
+
+    def _chosen(self, rows: list[tuple[_Slot, Tensor]]) -> list[Chosen | None]:
+        """Choose a token from each row of logits; the device is read once. None where a request failed."""
+        choices = list[Choice | None]()
+        for slot, logits in rows:
+            assert slot.generation is not None
+            try:
+                choices.append(slot.generation.sampler.choose(logits))
+            except OpenELMError as error:
+                choices.append(None)
+                self._fail(slot, error)
+        read = iter(read_choices([choice for choice in choices if choice is not None]))
+        return [None if choice is None else next(read) for choice in choices]
+
+    def _add(self, slot: _Slot, choice: Chosen) -> None:
+        generation = slot.generation
+        assert generation is not None
+        try:
+            generation.add(choice)
+        except OpenELMError as error:
+            self._fail(slot, error)
+        if generation.finished:
+            self._free(generation)
+
+    def _fail(self, slot: _Slot, error: OpenELMError) -> None:
+        assert slot.generation is not None
+        slot.generation.fail(error)
+        self._free(slot.generation)
+
+    def _free(self, generation: Generation) -> None:
+        """Take a request out of its slot; what the slot holds of the text stays for others of its scope."""
+        for slot in self._slots:
+            if slot.generation is generation:
+                kept = min(_common(slot.ids, generation.ids), self._decoder.used(slot.index))
+                del slot.ids[kept:]
+                self._decoder.truncate(slot.index, kept)
+                slot.generation, slot.last_used = None, next(self._time)
+                if slot in self._reading:
+                    self._reading.remove(slot)
+
+
+def generate(
+    model: OpenELM, tokenizer: Tokenizer, prompt_ids: Sequence[int], config: SamplingConfig
+) -> Iterator[Token]:
+    """Continue a prompt, token by token, with an engine of its own; see `Engine.stream`."""
+    length = max(1, min(model.config.max_context_length, len(prompt_ids) + config.max_tokens))
+    yield from Engine(model, tokenizer, length=length).stream(prompt_ids, config)
 
 
 def generate_text(model: OpenELM, tokenizer: Tokenizer, prompt: str, config: SamplingConfig) -> str:
@@ -116,101 +310,6 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
 
 
-def _room_tokens(model: OpenELM, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:
-    """Count tokens that can follow: the rest of the context and one more, as the last is not read back."""
-    context_tokens, vocab_size = model.config.max_context_length, model.config.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model only {vocab_size}",
-            fix="use the tokenizer the model was trained with",
-        )
-    if not prompt_ids:
-        raise ConfigError("the prompt is empty", fix="give some text, or a tokenizer with a BOS id")
-    if len(prompt_ids) > context_tokens:
-        raise ConfigError(
-            f"the prompt has {len(prompt_ids)} tokens and the model's context is {context_tokens}",
-            fix="shorten the prompt",
-        )
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < tokenizer.vocab_size:
-        raise ConfigError(
-            f"a prompt id is outside 0..{tokenizer.vocab_size - 1}", fix="encode with the model's tokenizer"
-        )
-    return context_tokens - len(prompt_ids) + 1
-
-
-def _read(chosen: Tensor, logits: Tensor) -> tuple[int, float]:
-    """Bring the chosen id (1,) and its log-probability to the host at once; fp32 holds ids up to 2^24."""
-    logprob = logits.log_softmax(dim=-1)[chosen]
-    token_id, value = torch.cat((chosen.float(), logprob)).tolist()
-    if not math.isfinite(value):
-        raise NumericError(
-            f"the model's logits are not finite (log-probability {value})",
-            fix="the weights are damaged, or too wide for their dtype: try float32",
-        )
-    return int(token_id), value
-
-
-class Generation:
-    """One request in the engine."""
-
-    def __init__(self, tokens: Iterator[Token], prompt_tokens: int) -> None:
-        self.tokens, self.prompt_tokens, self.reused_tokens, self.generated_tokens = tokens, prompt_tokens, 0, 0
-        self.finished, self.error, self._known = False, None, list[Token]()
-        self.error: OpenELMError | None
-
-    def take(self) -> list[Token]:
-        """Return the tokens that became known since the last call."""
-        known, self._known = self._known, []
-        return known
-
-
-class Engine:
-    """Generations side by side."""
-
-    def __init__(
-        self, model: OpenELM, tokenizer: Tokenizer, *, slots: int = 1, length: int | None = None, chunk: int = 256
-    ) -> None:
-        self._model, self._tokenizer, self._slots = model, tokenizer, slots
-        self._length = length or model.config.max_context_length
-        self._running: list[Generation] = []
-        self._queue: list[Generation] = []
-
-    @property
-    def active(self) -> int:
-        return len(self._running)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue)
-
-    def submit(self, prompt_ids: Sequence[int], config: SamplingConfig, *, scope: str = "") -> Generation:
-        """Add a request."""
-        _room_tokens(self._model, self._tokenizer, prompt_ids)
-        limit = min(config.max_tokens, self._length - len(prompt_ids) + 1)
-        config = config.model_copy(update={"max_tokens": limit})
-        made = Generation(generate(self._model, self._tokenizer, prompt_ids, config), len(prompt_ids))
-        self._queue.append(made)
-        return made
-
-    def step(self) -> bool:
-        """Make one token of each."""
-        while self._queue and len(self._running) < self._slots:
-            self._running.append(self._queue.pop(0))
-        for generation in list(self._running):
-            try:
-                token = next(generation.tokens)
-            except OpenELMError as error:
-                generation.error, generation.finished = error, True
-            else:
-                generation._known.append(token)
-                generation.generated_tokens += 1
-                generation.finished = token.finish_reason is not None
-            if generation.finished:
-                self._running.remove(generation)
-        return bool(self._running or self._queue)
-
-    def cancel(self, generation: Generation) -> None:
-        """Forget a request."""
-        for kept in (self._running, self._queue):
-            if generation in kept:
-                kept.remove(generation)
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the ids that two texts begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INSTRUCTION_SETS = {"AVX2": "avx2", "AVX512": "avx512"}
+from openelm.kernels.precision import cpu_multiplies_bf16
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kernels_name() -> str:
     """Name the kernels in use: the instruction set of the C++ ones, or `torch`."""
-    return _INSTRUCTION_SETS[torch.backends.cpu.get_cpu_capability()] if _library() else "torch"
+    return (_instruction_set() if _library() else None) or "torch"
 
 
 def native_missing() -> str | None:
     """Say why there are no C++ kernels where there could be some, and what to do; None where all is well."""
-    name = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability())
+    name = _instruction_set()
     if name is None or _library():
         return None
     return (
@@ -71,10 +72,18 @@ def _function(name: str, kinds: tuple[type, ...]) -> Any:
     return function
 
 
+def _instruction_set() -> str | None:
+    """Name what the kernels are compiled for: torch's own choice, which ATEN_CPU_CAPABILITY can lower."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        return "avx512_bf16" if cpu_multiplies_bf16() else "avx512"
+    return "avx2" if capability == "AVX2" else None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Load the library for torch's own choice of instruction set, which ATEN_CPU_CAPABILITY can lower."""
-    name = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability())
+    """Load the library for this CPU's instruction set."""
+    name = _instruction_set()
     found = importlib.util.find_spec(f"openelm.kernels._{name}") if name else None
     if found is None or found.origin is None:
         return None

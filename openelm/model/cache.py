@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol, Self
+
 import torch
 from torch import Tensor
 
 from openelm.errors import ConfigError
+from openelm.kernels.attention import attention
 from openelm.model.plan import LayerPlan
+
+
+class Attends(Protocol):
+    """What attention asks of a cache."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep one layer's new keys and values, and attend to all that the queries may see; shapes as `attention`."""
 
 
 class KeyValueCache:
@@ -33,6 +43,17 @@ class KeyValueCache:
         self.length = length
         self.used = 0
         """Tokens that every layer holds."""
+
+    def row(self, index: int) -> Self:
+        """Return one row as a cache over the same memory, with a count of its own; it is 0 at first."""
+        row = object.__new__(type(self))
+        row.keys, row.values = ([part[index : index + 1] for part in parts] for parts in (self.keys, self.values))
+        row.length, row.used = self.length, 0
+        return row
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Append one layer's new keys and values; their positions see all up to their own, as in `attention`."""
+        return attention(query, *self.append(layer, key, value))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values behind the `used` ones; returns views of all of them.

@@ -27,7 +27,7 @@ from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
 from openelm.kernels.rotary import qk_norm_rope
 from openelm.kernels.swiglu import swiglu
-from openelm.model.cache import KeyValueCache
+from openelm.model.cache import Attends, KeyValueCache
 from openelm.model.compiled import compiled, keep_products, widths_may_vary
 from openelm.model.config import ModelConfig
 from openelm.model.rotary import RotaryTable
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: KeyValueCache | None,
+        cache: Attends | None,
         documents: Tensor | Documents | None,
     ) -> Tensor:
         """Attend with what `qkv_proj` gave; returns what `out_proj` takes."""
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             self.q_norm.eps,
         )
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            return cache.attend(self.layer, q, k, v)
         return attention(q, k, v, documents=documents)
 
 
@@ -158,7 +158,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: KeyValueCache | None,
+        cache: Attends | None,
         documents: Tensor | Documents | None,
         compute: Callable[..., Tensor],
     ) -> Tensor:
@@ -170,7 +170,7 @@ def block(
     layer: Layer,
     x: Tensor,
     rope: tuple[Tensor, Tensor],
-    cache: KeyValueCache | None,
+    cache: Attends | None,
     documents: Tensor | Documents | None,
     cheap: Stage = _at_once,
     costly: Stage = _at_once,
@@ -279,6 +279,18 @@ class OpenELM(nn.Module):
         if cache is not None:
             cache.advance(length)
         normalised: Tensor = self.transformer.norm(x)
+        return normalised
+
+    def next_states(self, tokens: Tensor, positions: Tensor, cache: Attends) -> Tensor:
+        """Return the final normalised states (R, D) of tokens (R,) at `positions` (R,), of sequences of their own.
+
+        They pass the layers as one row; `cache` keeps them apart.
+        """
+        cos, sin = self.rotary.at(0, self.config.rope_max_length, tokens.device)
+        x, rope = self.transformer.token_embeddings(tokens[None]), (cos[positions], sin[positions])
+        for layer in self.transformer.layers:
+            x = layer(x, rope, cache, None, block)
+        normalised: Tensor = self.transformer.norm(x)[0]
         return normalised
 
     def _learning(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | Documents | None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from openelm.errors import OpenELMError
 from openelm.generate.engine import prompt_ids
+from openelm.generate.grammar import Constraint
 from openelm.generate.sampling import SamplingConfig
 from openelm.serve.refusal import Refusal
 from openelm.serve.schema import MOST_CHOICES, Asked, ChatAsked, TextAsked, parse
@@ -135,17 +136,36 @@ class Preparer:
             if len(ids) > self._context_tokens:
                 raise self._too_long(f"{len(ids)} tokens", param)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        choices = tuple(
+            (ids, _sampling(asked, max_tokens, alternatives, seed + choice))
+            for ids, _ in prompts
+            for choice in range(asked.n)
+        )
+        self._try(choices[0][1])
         return Prepared(
             asked,
-            tuple(
-                (ids, _sampling(asked, max_tokens, alternatives, seed + choice))
-                for ids, _ in prompts
-                for choice in range(asked.n)
-            ),
+            choices,
             tuple(echoed for _, echoed in prompts for _ in range(asked.n)),
             sum(len(ids) for ids, _ in prompts),
             alternatives,
         )
+
+    def _try(self, config: SamplingConfig) -> None:
+        """Compile the constraint and look at the biases here, where nobody waits for it but who asked."""
+        try:
+            Constraint.of(config, self._tokenizer, ())
+        except OpenELMError as error:
+            raise Refusal(
+                400, f"{error.what}; {error.fix}", param="response_format", code="invalid_constraint"
+            ) from None
+        outside = [token_id for token_id in config.logit_bias if token_id >= self._tokenizer.vocab_size]
+        if outside:
+            raise Refusal(
+                400,
+                f"id {outside[0]} is outside 0..{self._tokenizer.vocab_size - 1}",
+                param="logit_bias",
+                code="invalid_value",
+            )
 
     def _check_name(self, asked: Asked) -> None:
         if asked.model != self._name:
@@ -186,6 +206,9 @@ def _sampling(asked: Asked, max_tokens: int, alternatives: int | None, seed: int
                 "frequency_penalty": asked.frequency_penalty,
                 "logit_bias": asked.logit_bias,
                 "top_logprobs": alternatives or 0,
+                "json_schema": asked.response_format.schema_of_text,
+                "regex": asked.regex,
+                "grammar": asked.grammar,
                 "max_tokens": max_tokens,
                 "stop": asked.stop,
                 "seed": seed % 2**63,

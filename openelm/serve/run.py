@@ -30,6 +30,7 @@ from openelm.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "OPENELM_API_KEY"
 _BACKLOG = 2048
+_THREADS = 4  # for parsing and tokenising; a hard constraint can keep one for seconds
 _SEND_BUFFER_BYTES = 128 << 10  # of a socket; what a reader does not read piles up there first
 _OPEN_FILES = 16_384
 _quiet = logging.Logger("openelm.serve.http", level=logging.CRITICAL + 1)  # aiohttp's words quote requests
@@ -147,7 +148,7 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
     worker = Worker(engine, slots=served.slots, waiting=served.waiting)
     opened: list[Any] = []
     connections = Connections(limits, lambda: opened[0].connections if opened else ())
-    with ThreadPoolExecutor(2, thread_name_prefix="prepare") as threads:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="prepare") as threads:
         service = Service(
             model=describe(served),
             tokenizer=served.tokenizer,

@@ -79,10 +79,33 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(_Body):
-    """Plain text."""
+class JsonSchema(_Body):
+    """A schema by name, as OpenAI's API wants it; every schema is kept strictly here."""
 
-    type: Literal["text"]
+    name: str
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    description: str = ""
+    strict: bool = True
+
+
+class ResponseFormat(_Body):
+    """Text of any kind, JSON of any kind, or JSON that a schema accepts."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema is given exactly with type "json_schema"')
+        return self
+
+    @property
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """What the text must follow; {} is any JSON object."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.json_schema else {"type": "object"}
 
 
 class Asked(_Body):
@@ -104,6 +127,9 @@ class Asked(_Body):
     user: str = Field("", max_length=1024)
     top_k: int | None = Field(None, ge=1, le=_MOST)
     min_p: float = Field(0.0, ge=0, le=1)
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    regex: str | None = None
+    grammar: str | None = None
     repetition_penalty: float = Field(1.0, gt=0, le=100)
 
     @field_validator("stop", mode="before")
@@ -126,7 +152,6 @@ class ChatAsked(Asked):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _alternatives_are_of_logprobs(self) -> ChatAsked:

@@ -172,7 +172,7 @@ class Worker:
         except Exception as error:  # one bad step must not end the server
             _log.error("a step failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             # Which of the requests in the slots was at fault is not known; those that wait were not.
-            self._fail(list(self._live), error)
+            self._fail([found for found in self._engine.running if found in self._live], error)
         self._collect()
 
     def _collect(self) -> None:

@@ -95,6 +95,11 @@ class Tokenizer(ABC):
             if self.decode(self.encode(text)) != text:
                 raise refuse(f"the tokenizer loses text: {text!r} does not come back", fix=fix, file=file)
 
+    @property
+    def leading_space(self) -> bool:
+        """Tell whether a space is put before each text, and taken off again where a text begins."""
+        return self._leading_space
+
     @abstractmethod
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         """Encode strings as they are: no leading space, no special tokens; "" gives []."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +75,12 @@ def test_a_stop_text_ends_the_text_and_is_not_shown(model: str, capsys: pytest.C
         ("top-p", "1.5"),
         ("min-p", "2"),
         ("repetition-penalty", "0"),
+        ("presence-penalty", "2.5"),
+        ("frequency-penalty", "-3"),
+        ("logit-bias", "65"),
+        ("logit-bias", "65=101"),
+        ("logit-bias", "100000=1"),
+        ("top-logprobs", "21"),
         ("max-tokens", "0"),
         ("stop", ""),
         ("seed", "-1"),
@@ -82,6 +90,53 @@ def test_a_stop_text_ends_the_text_and_is_not_shown(model: str, capsys: pytest.C
 def test_sampling_values_out_of_range_are_exit_2(model: str, failed: Failed, option: str, value: str) -> None:
     line = failed(2, "generate", model, "--prompt", "x", f"--{option}={value}")
     assert option.replace("-", "_") in line
+
+
+def test_penalties_and_biases_change_the_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (model, "--prompt", "The king", "--max-tokens", "20", "--temperature", "0")
+    plain = generated(capsys, *command)
+    assert generated(capsys, *command, "--presence-penalty=2") != plain
+    assert generated(capsys, *command, "--frequency-penalty", "2") != plain
+    ids = [token_id for token_id in range(3, 300) if token_id != ord("q") + 3]
+    banned = [f"--logit-bias={token_id}=-100" for token_id in ids]
+    assert generated(capsys, *command, "--logit-bias", f"{ord('q') + 3}=100", *banned).endswith(20 * "q" + "\n")
+
+
+def test_the_likeliest_tokens_are_listed_on_standard_error(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    command = ["generate", model, "--prompt", "The", "--max-tokens", "3", "--temperature", "0", "--top-logprobs", "2"]
+    assert main(command) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().err.splitlines()]
+    assert len(lines) == 3
+    assert all(len(words) == 3 and words[0] == words[1] for words in lines)  # greedy: the chosen one is the likeliest
+
+
+def test_text_is_constrained_by_a_schema_a_regex_or_a_grammar(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema, grammar = tmp_path / "list.json", tmp_path / "sum.lark"
+    schema.write_text('{"type": "array", "items": {"enum": ["é", 2]}, "minItems": 2, "maxItems": 2}')
+    grammar.write_text('start: DIGIT " + " DIGIT\nDIGIT: /[0-9]/\n')
+    command = (model, "--prompt", "x ", "--max-tokens", "28", "--seed", "4")
+    assert set(json.loads(generated(capsys, *command, "--json-schema", str(schema)).removeprefix("x "))) <= {"é", 2}
+    assert re.fullmatch("x [a-c]{4}\n", generated(capsys, *command, "--regex", "[a-c]{4}"))
+    assert re.fullmatch(r"x \d \+ \d\n", generated(capsys, *command, "--grammar", str(grammar)))
+
+
+def test_a_constraint_that_cannot_be_used_is_exit_2(model: str, tmp_path: Path, failed: Failed) -> None:
+    command, file = ("generate", model, "--prompt", "x"), tmp_path / "file"
+    assert "no such file" in failed(2, *command, "--json-schema", str(file)).lower()
+    for content, option, word in [
+        (b"{", "json-schema", "not JSON"),
+        (b"[" * 100_000, "json-schema", "not JSON"),
+        (b"[]", "json-schema", "json_schema"),
+        (b'{"uniqueItems": true}', "json-schema", "uniqueItems"),
+        (b"\xff", "grammar", "UTF-8"),
+        (b"start: nothing", "grammar", "nothing"),
+    ]:
+        file.write_bytes(content)
+        assert word in failed(2, *command, f"--{option}", str(file))
+    assert "at most one" in failed(2, *command, "--grammar", str(file), "--regex", "a")
 
 
 def test_a_prompt_longer_than_the_context_is_exit_2(model: str, failed: Failed) -> None:

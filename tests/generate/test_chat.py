@@ -7,8 +7,9 @@ from itertools import islice
 import pytest
 
 from openelm.errors import ConfigError
-from openelm.generate.chat import Continuation, Conversation, PrefixCache
-from openelm.generate.engine import Token, generate, prompt_ids
+from openelm.generate.chat import Continuation, Conversation
+from openelm.generate.engine import Engine, generate, prompt_ids
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
 from openelm.text.chat import Message, encode_chat
@@ -24,11 +25,11 @@ def joined(tokens: list[Token]) -> str:
 def test_prompts_that_share_a_prefix_with_the_last_one_give_the_tokens_of_a_fresh_cache(
     model: OpenELM, tokenizer: Tokenizer
 ) -> None:
-    cache = PrefixCache(model, tokenizer)
+    engine = Engine(model, tokenizer)
     for prompt in ("To be", "To be or not", "To be or not", "To", "Not to", "Not to be, that"):
         ids = prompt_ids(tokenizer, prompt)
         fresh = [token.id for token in generate(model, tokenizer, ids, CONFIG)]
-        assert [token.id for token in cache.generate(ids, CONFIG)] == fresh
+        assert [token.id for token in engine.stream(ids, CONFIG)] == fresh
 
 
 def test_a_conversation_answers_the_encoded_messages(model: OpenELM, tokenizer: Tokenizer) -> None:

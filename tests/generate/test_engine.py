@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from openelm.errors import ConfigError, NumericError
-from openelm.generate.engine import Token, generate, generate_text, make_cache, prompt_ids
+from openelm.generate import engine as engine_module
+from openelm.generate.engine import generate, generate_text, prompt_ids
+from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import ByteTokenizer, Tokenizer
@@ -21,22 +23,49 @@ def run(model: OpenELM, tokenizer: Tokenizer, prompt: str, **config: object) -> 
     return list(generate(model, tokenizer, prompt_ids(tokenizer, prompt), SamplingConfig.parse(values)))
 
 
-class Scripted(torch.nn.Module):
+class Scripted:
     """Stands in for a model: predicts the ids of a script, one after the other, each with certainty."""
 
     def __init__(self, like: OpenELM, script: list[int]) -> None:
-        super().__init__()
         self.config, self.script = like.config, script
-        self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def hidden(self, tokens: torch.Tensor, *, cache: object) -> torch.Tensor:
-        self.position = getattr(self, "position", -1) + 1
-        states = torch.full((*tokens.shape, self.config.vocab_size), -50.0)
-        states[:, -1, self.script[min(self.position, len(self.script) - 1)]] = 50.0
-        return states
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden
+class ScriptedDecoder:
+    """Stands in for the decoder of a `Scripted` model with one slot."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Scripted) -> None:
+        self.model, self.position, self.held = model, -1, 0
+
+    def used(self, slot: int) -> int:
+        return self.held
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        self.held = tokens
+
+    def copy(self, source: int, slot: int, tokens: int) -> None:
+        self.held = tokens
+
+    def prefill(self, slot: int, ids: list[int]) -> torch.Tensor:
+        self.held += len(ids)
+        self.position += 1
+        logits = torch.full((self.model.config.vocab_size,), -50.0)
+        logits[self.model.script[min(self.position, len(self.model.script) - 1)]] = 50.0
+        return logits
+
+    def step(self, ids: list[int], slots: list[int]) -> torch.Tensor:
+        return self.prefill(0, ids)[None]
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine_module.Decoder
+
+    def decoder(model: OpenELM | Scripted, slots: int, length: int) -> object:
+        return ScriptedDecoder(model) if isinstance(model, Scripted) else real(model, slots, length)
+
+    monkeypatch.setattr(engine_module, "Decoder", decoder)
 
 
 def scripted(like: OpenELM, text: str) -> OpenELM:
@@ -136,19 +165,6 @@ def test_ids_the_tokenizer_does_not_have_are_never_chosen(model: OpenELM, tokeni
         wide.head_weight[259] *= -1
     for temperature in (0.0, 1.0):
         assert all(token.id < 258 for token in run(wide, tokenizer, "some text", temperature=temperature))
-
-
-def test_a_cache_that_holds_a_prefix_changes_nothing(model: OpenELM, tokenizer: Tokenizer) -> None:
-    ids, config = prompt_ids(tokenizer, "To be or not"), SamplingConfig(seed=2, max_tokens=20)
-    expected = list(generate(model, tokenizer, ids, config))
-    for held in (0, 1, 5, len(ids)):
-        cache = make_cache(model, 96)
-        with torch.no_grad():
-            model.hidden(torch.tensor([ids[:held] or ids[:1]]), cache=cache)
-        cache.truncate(held)
-        tokens = list(generate(model, tokenizer, ids, config, cache=cache))
-        assert [token.id for token in tokens] == [token.id for token in expected]
-        assert cache.used == len(ids) + len(tokens) - 1
 
 
 def test_generated_tokens_leave_the_model_trainable(model: OpenELM, tokenizer: Tokenizer) -> None:

@@ -1,5 +1,5 @@
 // Query and key normalisation with rotary positions: openelm/kernels/rotary.py has the formula.
-#include "rows.h"
+#include "heads.h"
 
 namespace openelm {
 
@@ -19,13 +19,6 @@ template <class T> struct Heads {
     T* at(long i, long j, long k) const { return data + i * row + j * head + k * position; }
 };
 
-// What turns a head to its position and back.
-struct Turn {
-    const float *cos, *sin;
-    long half;
-    Turn at(long position) const { return {cos + position * half, sin + position * half, half}; }
-};
-
 // Calls with each head of one token: call(its number, where it lies in the projection, where among q, k or v).
 template <class T, class Call>
 inline void each_head(Sizes sizes, long token, Heads<T> q, Heads<T> k, Heads<T> v, Call call) {
@@ -40,18 +33,6 @@ inline void each_head(Sizes sizes, long token, Heads<T> q, Heads<T> k, Heads<T> 
                          : v.at(row, v_head, position)
         );
     }
-}
-
-template <class T, class W> void normalise_and_turn(const T* x, const W* weight, Turn turn, float eps, T* out) {
-    long half = turn.half;
-    vec inverse = splat(inverse_rms(x, 2 * half, eps));
-    auto normalised = [=](long i, long n) { return load_some(x + i, n) * inverse * load_some(weight + i, n); };
-    by_vectors(half, [=](long i, long n) {
-        vec first = normalised(i, n), second = normalised(half + i, n);
-        vec cos = load_some(turn.cos + i, n), sin = load_some(turn.sin + i, n);
-        store_some(out + i, first * cos - second * sin, n);
-        store_some(out + half + i, second * cos + first * sin, n);
-    });
 }
 
 // The gradient turned back is the one of the normalised head; the rest is as for rms_norm.

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 #include <type_traits>
 
@@ -53,8 +56,15 @@ inline uvec rounded_bits(vec x) {
 }
 
 inline vec load(const float* p) { return *(const vec_unaligned*)p; }
-inline vec load(const bf16* p) {
-    return (vec)(__builtin_convertvector((halves)*(const halves_unaligned*)p, uvec) << 16);
+inline vec load(const bf16* p) {  // of two halves the compiler would make whole words one by one
+    halves bits = *(const halves_unaligned*)p;
+#if defined(__AVX512F__) && !defined(OPENELM_WIDTH)
+    return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#elif defined(__AVX2__) && !defined(OPENELM_WIDTH)
+    return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
+#else
+    return (vec)(__builtin_convertvector(bits, uvec) << 16);
+#endif
 }
 inline void store(float* p, vec x) { *(vec_unaligned*)p = x; }
 inline void store(bf16* p, vec x) { *(halves_unaligned*)p = __builtin_convertvector(rounded_bits(x) >> 16, halves); }
@@ -75,6 +85,17 @@ using promoted = std::conditional_t<std::is_same_v<A, bf16> && std::is_same_v<B,
 template <class Call> inline void by_dtype(bool is_bf16, Call call) { is_bf16 ? call(bf16{}) : call(float{}); }
 
 // The first n elements of a vector; the others are zero.
+#if defined(__AVX512F__) && !defined(OPENELM_WIDTH)
+inline vec load_first(const float* p, long n) { return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+inline vec load_first(const bf16* p, long n) {
+    return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)) << 16);
+}
+inline void store_first(float* p, vec x, long n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
+inline void store_first(bf16* p, vec x, long n) {
+    halves bits = __builtin_convertvector(rounded_bits(x) >> 16, halves);
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)bits);
+}
+#else
 template <class T> inline vec load_first(const T* p, long n) {
     T part[WIDTH] = {};
     std::memcpy(part, p, n * sizeof(T));
@@ -85,6 +106,7 @@ template <class T> inline void store_first(T* p, vec x, long n) {
     store(part, x);
     std::memcpy(p, part, n * sizeof(T));
 }
+#endif
 
 // The same for n from 1 to WIDTH; where the compiler knows that n is WIDTH nothing is left of the choice.
 template <class T> inline vec load_some(const T* p, long n) { return n == WIDTH ? load(p) : load_first(p, n); }

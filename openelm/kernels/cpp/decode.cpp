@@ -1,0 +1,324 @@
+// One token more for each of several sequences, through all layers in one team of threads: openelm/kernels/decode.py.
+//
+// Sums and the residual stream are fp32. Every element is computed in an order that does not depend on the other
+// sequences or on the number of threads.
+#include "few_rows.h"
+#include "heads.h"
+#include "team.h"
+
+namespace openelm {
+
+constexpr long CHUNK = 256;  // keys of one sequence that a thread attends to at a time
+constexpr long TOGETHER = 4; // query heads and keys whose products are taken at a time
+
+// As kernels/decode.py lays them out: whole numbers and addresses of 8 bytes.
+struct Block {
+    long query_heads, kv_heads, ffn_dim;
+    const float *attn_norm, *q_norm, *k_norm, *ffn_norm;
+    Weight qkv, out, gate_up, down;
+    void *keys, *values;  // (slots, kv_heads, positions, head_dim)
+    long heads() const { return query_heads + 2 * kv_heads; }
+};
+
+struct Model {
+    long layers, dim, head_dim, vocabulary, length, cache_is_bf16;  // length: positions that fit in a slot
+    const float *norm, *cos, *sin;
+    Weight head;
+    Block blocks[];
+};
+
+// The tokens of a step: the last one of a slot may see those before it.
+struct Tokens {
+    long count;
+    const long *slots, *positions;
+    long chunks(long i) const { return positions[i] / CHUNK + 1; }
+};
+
+// What the threads share during a step.
+struct State {
+    float* x;         // the residual stream
+    float* wide;      // heads, then gate and up, of each token
+    float* attended;  // of each token, query head and chunk: the head_dim sums of the values and two numbers more
+    long wide_row, chunks;
+    float* partial(const Model& model, const Block& block, long token, long head, long chunk) const {
+        return attended + ((token * block.query_heads + head) * chunks + chunk) * (model.head_dim + 2);
+    }
+};
+
+static thread_local Scratch shared, own_values, own_numbers, own_sums;
+
+static long padded(long count) { return (count + STEP - 1) / STEP * STEP; }
+
+// Rows of inputs, as this thread wants them for the next product; row(i, to) writes row i.
+template <class Kind, class Row> static Inputs<typename Kind::Input> placed(long count, long columns, Row row) {
+    using Input = typename Kind::Input;
+    long stride = padded(columns);
+    float* values = own_values.floats(stride);
+    Inputs<Input> inputs{
+        (Input*)own_numbers.floats(count * stride), own_sums.floats(count * stride / STEP), stride
+    };
+    for (long i = 0; i < count; i++) {
+        row(i, values);
+        for (long k = 0; k < columns; k += STEP)
+            inputs.sums[(i * stride + k) / STEP] =
+                place<Kind>(values + k, std::min(STEP, columns - k), inputs.numbers + i * stride + k);
+    }
+    return inputs;
+}
+
+struct Share {
+    long first, last;
+};
+
+// A thread's share of `rows` rows: neighbours, in whole tiles.
+static Share share(long rows) {
+    long tiles = (rows + TILE - 1) / TILE, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    return {std::min(rows, tiles * thread / threads * TILE), std::min(rows, tiles * (thread + 1) / threads * TILE)};
+}
+
+static void normalise(const float* x, const float* weight, long dim, float eps, float* to) {
+    vec inverse = splat(inverse_rms(x, dim, eps));
+    by_vectors(dim, [=](long i, long n) {
+        store_some(to + i, load_some(x + i, n) * inverse * load_some(weight + i, n), n);
+    });
+}
+
+// to[i] = silu(to[i]) · up[i]
+static void gate(float* to, const float* up, long count) {
+    by_vectors(count, [=](long i, long n) {
+        vec x = load_some(to + i, n);
+        store_some(to + i, x / (1.f + exp(-x)) * load_some(up + i, n), n);
+    });
+}
+
+
+// Queries are normalised where they are, keys too on their way to the cache.
+template <class T>
+static void place_heads(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
+    long dim = model.head_dim;
+    for_my_share(tokens.count * block.heads(), [&](long task) {
+            long i = task / block.heads(), head = task % block.heads();
+            float* x = state.wide + i * state.wide_row + head * dim;
+            Turn turn = Turn{model.cos, model.sin, dim / 2}.at(tokens.positions[i]);
+            long kv_head = head - block.query_heads, v_head = kv_head - block.kv_heads;
+            long slot = tokens.slots[i] * block.kv_heads, position = tokens.positions[i];
+            if (kv_head < 0) {
+                normalise_and_turn(x, block.q_norm, turn, eps, x);
+            } else if (v_head < 0) {
+                normalise_and_turn(x, block.k_norm, turn, eps, (T*)block.keys + ((slot + kv_head) * model.length + position) * dim);
+            } else {
+                T* to = (T*)block.values + ((slot + v_head) * model.length + position) * dim;
+                by_vectors(dim, [=](long k, long n) { store_some(to + k, load_some(x + k, n), n); });
+            }
+    });
+}
+
+// Scores of TOGETHER queries (each of `parts` whole vectors, zero beyond) with `count` keys: scores[query][key].
+template <class T>
+static void score(const float* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK]) {
+    constexpr long at_once = WIDTH / TOGETHER;  // keys
+    for (long first = 0; first < count; first += at_once) {
+        vec total[WIDTH] = {};
+        for (long part = 0; part < parts; part++) {
+            long n = std::min(WIDTH, dim - part * WIDTH);
+            vec query[TOGETHER];
+            for (long g = 0; g < TOGETHER; g++) query[g] = load(queries + (g * parts + part) * WIDTH);
+            for (long j = 0; j < at_once; j++) {
+                vec key = load_some(keys + std::min(first + j, count - 1) * dim + part * WIDTH, n);
+                for (long g = 0; g < TOGETHER; g++) total[g * at_once + j] += query[g] * key;
+            }
+        }
+        float found[WIDTH];
+        sums<WIDTH>(total, found);
+        for (long g = 0; g < TOGETHER; g++) std::memcpy(scores[g] + first, found + g * at_once, at_once * sizeof(float));
+    }
+}
+
+// Scores become weights e^(score - largest), zero beyond `count`; returns the largest score and their sum.
+static std::pair<float, float> weigh(float* scores, long count) {
+    float most = scores[0];
+    for (long j = 1; j < count; j++) most = std::max(most, scores[j]);
+    vec total = {};
+    for (long j = 0; j < count; j += WIDTH) {
+        float part[WIDTH];
+        vec weights = exp(load(scores + j) - most);
+        store(part, weights);
+        for (long k = count - j; k < WIDTH; k++) part[k] = 0;
+        store(scores + j, load(part));
+        total += load(part);
+    }
+    return {most, sum(total)};
+}
+
+// out[query] = sum over the keys of weight · value, for TOGETHER queries.
+template <class T>
+static void mix(const float (*weights)[CHUNK], const T* values, long dim, long count, float* const (&out)[TOGETHER]) {
+    constexpr long wide = WIDTH == 16 ? 4 : 2;  // vectors of columns at a time
+    long column = 0;
+    for (; column + wide * WIDTH <= dim; column += wide * WIDTH) {
+        vec total[TOGETHER][wide] = {};
+        for (long j = 0; j < count; j++)
+            for (long c = 0; c < wide; c++) {
+                vec value = load(values + j * dim + column + c * WIDTH);
+                for (long g = 0; g < TOGETHER; g++) total[g][c] += weights[g][j] * value;
+            }
+        for (long g = 0; g < TOGETHER; g++)
+            for (long c = 0; c < wide; c++) store(out[g] + column + c * WIDTH, total[g][c]);
+    }
+    by_vectors(dim - column, [&](long k, long n) {
+        vec total[TOGETHER] = {};
+        for (long j = 0; j < count; j++)
+            for (long g = 0; g < TOGETHER; g++) total[g] += weights[g][j] * load_some(values + j * dim + column + k, n);
+        for (long g = 0; g < TOGETHER; g++) store_some(out[g] + column + k, total[g], n);
+    });
+}
+
+// One token's queries that share a key head attend to one chunk of its keys.
+template <class T>
+static void attend_to_chunk(
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, long kv_head, long chunk
+) {
+    long dim = model.head_dim, groups = block.query_heads / block.kv_heads, parts = (dim + WIDTH - 1) / WIDTH;
+    long count = std::min(CHUNK, tokens.positions[token] + 1 - chunk * CHUNK);
+    long offset = ((tokens.slots[token] * block.kv_heads + kv_head) * model.length + chunk * CHUNK) * dim;
+    const float* queries = state.wide + token * state.wide_row + kv_head * groups * dim;
+    float* padded_queries = own_values.floats(TOGETHER * parts * WIDTH);
+    float scores[TOGETHER][CHUNK];
+    float scale = 1 / std::sqrt(float(dim));
+    for (long first = 0; first < groups; first += TOGETHER) {
+        float* out[TOGETHER];
+        for (long g = 0; g < TOGETHER; g++) {
+            long head = std::min(first + g, groups - 1);
+            out[g] = state.partial(model, block, token, kv_head * groups + head, chunk);
+            for (long k = 0; k < parts * WIDTH; k++)
+                padded_queries[g * parts * WIDTH + k] = k < dim ? queries[head * dim + k] * scale : 0.f;
+        }
+        score(padded_queries, parts, (const T*)block.keys + offset, dim, count, scores);
+        for (long g = 0; g < TOGETHER; g++) {
+            auto [most, total] = weigh(scores[g], count);
+            out[g][dim] = most, out[g][dim + 1] = total;
+        }
+        mix(scores, (const T*)block.values + offset, dim, count, out);
+    }
+}
+
+template <class T>
+static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state) {
+    long tasks = tokens.count * block.kv_heads * state.chunks;
+    for_my_share(tasks, [&](long task) {
+        long chunk = task % state.chunks, pair = task / state.chunks;
+        long token = pair / block.kv_heads, kv_head = pair % block.kv_heads;
+        if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk);
+    });
+}
+
+// The heads of a token, each put together from its chunks in order.
+static void gather(const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, float* to) {
+    long dim = model.head_dim, chunks = tokens.chunks(token);
+    for (long head = 0; head < block.query_heads; head++, to += dim) {
+        auto part = [&](long chunk) { return state.partial(model, block, token, head, chunk); };
+        float most = part(0)[dim], total = 0;
+        for (long c = 1; c < chunks; c++) most = std::max(most, part(c)[dim]);
+        std::memset(to, 0, dim * sizeof(float));
+        for (long c = 0; c < chunks; c++) {
+            float share = std::exp(part(c)[dim] - most);
+            total += share * part(c)[dim + 1];
+            by_vectors(dim, [&](long k, long n) {
+                store_some(to + k, load_some(to + k, n) + share * load_some(part(c) + k, n), n);
+            });
+        }
+        by_vectors(dim, [&](long k, long n) { store_some(to + k, load_some(to + k, n) / total, n); });
+    }
+}
+
+// A product of this thread's share of a weight: out[token][row], replaced or added to.
+template <class Row>
+static void project(const Weight& weight, long rows, long columns, long count, Row row, float* out, long out_row, bool add) {
+    by_kind(weight, [&](auto kind) {
+        using K = decltype(kind);
+        auto inputs = placed<K>(count, columns, row);
+        auto [first, last] = share(rows);
+        multiply_rows<K>(weight, first, last, columns, inputs, count, out, out_row, add);
+    });
+}
+
+// Gate and up of this thread's share of the columns, then their product in the place of gate.
+static void project_gated(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
+    by_kind(block.gate_up, [&](auto kind) {
+        using K = decltype(kind);
+        auto inputs = placed<K>(tokens.count, model.dim, [&](long i, float* to) {
+            normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
+        });
+        auto [first, last] = share(block.ffn_dim);
+        long ups = block.ffn_dim;
+        multiply_rows<K>(
+            block.gate_up, first, last, model.dim, inputs, tokens.count, state.wide, state.wide_row, false
+        );
+        multiply_rows<K>(
+            block.gate_up, ups + first, ups + last, model.dim, inputs, tokens.count, state.wide, state.wide_row, false
+        );
+        for (long i = 0; i < tokens.count; i++) {
+            float* to = state.wide + i * state.wide_row + first;
+            gate(to, to + ups, last - first);
+        }
+    });
+}
+
+template <class T>
+static void compute(
+    const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
+) {
+    auto wait = [&] { barrier.wait(omp_get_num_threads()); };
+    long dim = model.dim, count = tokens.count;
+    for (long layer = 0; layer < model.layers; layer++) {
+        const Block& block = model.blocks[layer];
+        auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
+        project(
+            block.qkv, block.heads() * model.head_dim, dim, count, normalised, state.wide, state.wide_row, false
+        );
+        wait();
+        place_heads<T>(model, block, tokens, state, eps);
+        wait();
+        attend<T>(model, block, tokens, state);
+        wait();
+        auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
+        project(block.out, dim, block.query_heads * model.head_dim, count, attended, state.x, dim, true);
+        wait();
+        project_gated(model, block, tokens, state, eps);
+        wait();
+        auto gated = [&](long i, float* to) {
+            std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
+        };
+        project(block.down, dim, block.ffn_dim, count, gated, state.x, dim, true);
+        wait();
+    }
+    auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
+    project(model.head, model.vocabulary, dim, count, normalised, logits, model.vocabulary, false);
+}
+
+}  // namespace openelm
+
+using namespace openelm;
+
+// x (count, dim): the tokens' embeddings, replaced by the residual stream; logits (count, vocabulary).
+extern "C" void openelm_decode(
+    const void* description, float eps, long count, const long* slots, const long* positions, float* x, float* logits,
+    long threads
+) {
+    const Model& model = *(const Model*)description;
+    Tokens tokens{count, slots, positions};
+    State state{x, nullptr, nullptr, 0, 0};
+    long most_heads = 0;
+    for (long i = 0; i < model.layers; i++) {
+        const Block& block = model.blocks[i];
+        state.wide_row = std::max({state.wide_row, block.heads() * model.head_dim, 2 * block.ffn_dim});
+        most_heads = std::max(most_heads, block.query_heads);
+    }
+    for (long i = 0; i < count; i++) state.chunks = std::max(state.chunks, tokens.chunks(i));
+    long wide = count * state.wide_row;
+    state.wide = shared.floats(wide + count * most_heads * state.chunks * (model.head_dim + 2));
+    state.attended = state.wide + wide;
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    by_dtype(model.cache_is_bf16, [&](auto kind) { compute<decltype(kind)>(model, tokens, state, barrier, eps, logits); });
+}

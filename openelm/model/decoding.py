@@ -1,0 +1,145 @@
+"""Sequences that grow side by side, each in a slot of one preallocated cache: what generation computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from openelm.errors import ConfigError
+from openelm.kernels.attention import attention
+from openelm.kernels.decode import Block, DecodeKernel, Weight
+from openelm.model.cache import KeyValueCache
+from openelm.model.transformer import Layer, OpenELM
+
+_TOKENS_AT_ONCE = 64
+"""As many tokens go through the C++ kernel together; it reads the weights once for them."""
+
+
+class Decoder:
+    """A model and its cache: reads prompts, then a token of each of several sequences at a time.
+
+    On CPUs for which C++ kernels are built a token's logits do not depend on the other sequences, to the bit. The
+    weights must stay where they are in memory.
+
+    Args:
+        slots: sequences that have room side by side.
+        length: tokens that fit in a slot.
+
+    Raises:
+        ConfigError: `length` is beyond the model's rotary table.
+    """
+
+    def __init__(self, model: OpenELM, slots: int, length: int) -> None:
+        if length > model.config.rope_max_length:
+            raise ConfigError(
+                f"{length} positions, but the model's rotary table ends at {model.config.rope_max_length}",
+                fix="use fewer tokens",
+            )
+        scale = model.transformer.norm.weight
+        self._model, self.device = model, scale.device
+        self._cache = KeyValueCache(model.config.plan, slots, length, dtype=scale.dtype, device=scale.device)
+        self._rows = [self._cache.row(slot) for slot in range(slots)]
+        self._kernel = _kernel(model, self._cache)
+
+    def used(self, slot: int) -> int:
+        """Count the tokens that a slot holds."""
+        return self._rows[slot].used
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Forget everything in a slot after its first `tokens` tokens."""
+        self._rows[slot].truncate(tokens)
+
+    def copy(self, source: int, slot: int, tokens: int) -> None:
+        """Let a slot hold the first `tokens` tokens of another one, and nothing else."""
+        for part in (*self._cache.keys, *self._cache.values):
+            part[slot, :, :tokens] = part[source, :, :tokens]
+        self._rows[slot].used = tokens
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Sequence[int]) -> Tensor:
+        """Append a stretch of a prompt to a slot; returns fp32 logits (V,) after its last token.
+
+        Raises:
+            ConfigError: the slot has no room for it.
+        """
+        tokens = torch.tensor([ids], device=self.device)
+        return self._model.logits(self._model.hidden(tokens, cache=self._rows[slot])[0, -1]).float()
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], slots: Sequence[int]) -> Tensor:
+        """Append one token to each of `slots`; returns fp32 logits (R, V) after each.
+
+        A slot that is named several times takes tokens that follow one another.
+
+        Raises:
+            ConfigError: a slot has no room left.
+        """
+        places = {slot: self.used(slot) for slot in slots}
+        positions = []
+        for slot in slots:
+            positions.append(places[slot])
+            places[slot] += 1
+        if max(positions) >= self._cache.length:
+            raise ConfigError(f"a slot of {self._cache.length} tokens is full", fix="make the cache longer")
+        for slot, used in places.items():
+            self._rows[slot].used = used
+        tokens = torch.tensor(ids, device=self.device)
+        if self._kernel is None:
+            where = torch.tensor(positions, device=self.device)
+            states = self._model.next_states(tokens, where, _Company(self._cache, slots, positions))
+            return self._model.logits(states).float()
+        x = self._model.transformer.token_embeddings(tokens).float()
+        pieces = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids), _TOKENS_AT_ONCE)]
+        return torch.cat([self._kernel.step(x[piece], slots[piece], positions[piece]) for piece in pieces])
+
+
+class _Company:
+    """The cache as the tokens of one step see it: each has a slot and a position."""
+
+    def __init__(self, cache: KeyValueCache, slots: Sequence[int], positions: Sequence[int]) -> None:
+        self._cache, self._places = cache, list(zip(slots, positions, strict=True))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep keys and values (1, heads, R, head_dim) where they belong; each query sees its own slot."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        for index, (slot, position) in enumerate(self._places):
+            keys[slot, :, position], values[slot, :, position] = key[0, :, index], value[0, :, index]
+        found = [
+            attention(query[:, :, index, None], keys[slot, None, :, : place + 1], values[slot, None, :, : place + 1])
+            for index, (slot, place) in enumerate(self._places)
+        ]
+        return torch.cat(found, dim=1)
+
+
+def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
+    """Make the C++ kernel of a model, if it takes all of its weights."""
+    layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
+    blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
+    head = Weight(model.head_weight.detach())
+    norm = model.transformer.norm
+    known = (weight.is_known() for block in blocks for weight in (block.qkv, block.out, block.gate_up, block.down))
+    if not (head.is_known() and all(known)):
+        return None
+    cos, sin = model.rotary.at(0, cache.length, norm.weight.device)
+    return DecodeKernel(blocks, norm.weight.detach(), head, cos, sin, norm.eps)
+
+
+def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
+    attn, ffn = layer.attn, layer.ffn
+    return Block(
+        query_heads=attn.query_heads,
+        kv_heads=attn.kv_heads,
+        ffn_dim=ffn_dim,
+        attn_norm=layer.attn_norm.weight.detach(),
+        q_norm=attn.q_norm.weight.detach(),
+        k_norm=attn.k_norm.weight.detach(),
+        ffn_norm=layer.ffn_norm.weight.detach(),
+        qkv=Weight(attn.qkv_proj.weight.detach()),
+        out=Weight(attn.out_proj.weight.detach()),
+        gate_up=Weight(ffn.proj_1.weight.detach()),
+        down=Weight(ffn.proj_2.weight.detach()),
+        keys=cache.keys[attn.layer],
+        values=cache.values[attn.layer],
+    )
