@@ -31,7 +31,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default: %(default)s)"
     )
     net = parser.add_argument_group("network")
-    net.add_argument("--host", default="127.0.0.1", help="address to listen on; others need a key (default: %(default)s)")
+    net.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others need a key (default: %(default)s)"
+    )
     net.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     net.add_argument(
         "--api-key-file",

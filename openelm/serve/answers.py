@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from openelm import __version__
-from openelm.generate.engine import Token
+from openelm.generate.request import Token
 from openelm.text.tokenizer import Tokenizer
 
 _FINGERPRINT = f"openelm-{__version__}"

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -37,7 +36,11 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ class _Routes:
             self._service.connections.answered(request.protocol)
             route = request.match_info.route.resource.canonical if request.match_info.route.resource else "none"
             self._service.metrics.requests.labels(route, status).inc()
-            _log.info("%s %s %s %d %.0f ms", request_id, request.method, route, status, 1e3 * (time.monotonic() - began))
+            _log.info(
+                "%s %s %s %d %.0f ms", request_id, request.method, route, status, 1e3 * (time.monotonic() - began)
+            )
         if not response.prepared:
             response.headers.update({**_HEADERS, "X-Request-Id": request_id})
         return response
@@ -184,9 +189,7 @@ class _Routes:
         finally:
             reply.close()
 
-    async def _submitted(
-        self, body: bytes, prepare: Callable[[bytes], Prepared], scope: str
-    ) -> tuple[Reply, Prepared]:
+    async def _submitted(self, body: bytes, prepare: Callable[[bytes], Prepared], scope: str) -> tuple[Reply, Prepared]:
         worker = self._service.worker
         worker.hold(1)  # before the work of preparing; the other choices when their number is known
         try:
@@ -236,16 +239,17 @@ class _Made:
 
 async def _stream(request: web.Request, reply: Reply, made: _Made, answers: Answers) -> web.StreamResponse:
     """Write server-sent events; what fails before the first token still gets a status of its own."""
-    response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/event-stream", "X-Request-Id": request["id"]})
+    response = web.StreamResponse(
+        headers={**_HEADERS, "Content-Type": "text/event-stream", "X-Request-Id": request["id"]}
+    )
     try:
-        async with aclosing(aiter(reply)) as pieces:
-            async for piece in pieces:
-                made.add(piece)
-                if not response.prepared:
-                    await response.prepare(request)
-                    await _write(response, answers.begin())
-                if piece.tokens and (event := answers.piece(piece.index, piece.tokens)):
-                    await _write(response, [event])
+        async for piece in reply:
+            made.add(piece)
+            if not response.prepared:
+                await response.prepare(request)
+                await _write(response, answers.begin())
+            if piece.tokens and (event := answers.piece(piece.index, piece.tokens)):
+                await _write(response, [event])
         await _write(response, answers.end(made.usage(answers)))
     except Refusal as refusal:
         if not response.prepared:
@@ -281,5 +285,3 @@ def _of_engine(error: Exception, request_id: str) -> Refusal:
         return Refusal(400, f"{error.what}; {error.fix}" if error.fix else error.what, code="invalid_value")
     _log.error("%s %s", request_id, type(error).__name__)
     return broken(request_id)
-
-

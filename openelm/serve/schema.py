@@ -51,7 +51,9 @@ class _Body(Config):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
-        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
 
 
 class Part(_Body):
@@ -171,11 +173,10 @@ class TextAsked(Asked):
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
         """The prompts, one or several."""
-        if isinstance(self.prompt, str) or not self.prompt:
+        if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [tuple(int(token_id) for token_id in self.prompt)]  # type: ignore[arg-type]
-        return list(self.prompt)  # type: ignore[arg-type]
+        ids = tuple(part for part in self.prompt if isinstance(part, int))
+        return [ids] if ids or not self.prompt else [part for part in self.prompt if not isinstance(part, int)]
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

@@ -10,7 +10,8 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from openelm.generate.engine import Engine, Generation, Token
+from openelm.generate.engine import Engine
+from openelm.generate.request import Generation, Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.serve.refusal import busy, ending
 
@@ -203,4 +204,3 @@ class Worker:
 def _deliver(pieces: list[tuple[Reply, Piece]]) -> None:
     for reply, piece in pieces:
         reply.deliver(piece)
-

@@ -109,7 +109,14 @@ def test_foreign_hosts_and_origins_are_refused(
 
 def test_our_own_names_are_let_in(locked: Any) -> None:
     port = locked.address[1]
-    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost", f"[::1]:{port}", "models.example", "MODELS.example"):
+    for host in (
+        f"127.0.0.1:{port}",
+        f"localhost:{port}",
+        "localhost",
+        f"[::1]:{port}",
+        "models.example",
+        "MODELS.example",
+    ):
         for origin in ({}, {"Origin": f"http://{host}"}, {"Origin": f"https://{host}"}):
             assert locked.request("GET", "/v1/models", {"Host": host, **origin, **bearer(KEY)})[0] == 200
 

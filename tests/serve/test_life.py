@@ -44,7 +44,10 @@ def test_an_idle_server_ends_at_once(start: Any, folder: Path, number: int) -> N
 
 def test_answers_in_the_making_are_finished(start: Any, folder: Path) -> None:
     server = start(folder)
-    with socket.create_connection(server.address, timeout=20) as whole, socket.create_connection(server.address) as part:
+    with (
+        socket.create_connection(server.address, timeout=20) as whole,
+        socket.create_connection(server.address) as part,
+    ):
         whole.sendall(posted({**LONG, "max_tokens": 500}))
         part.sendall(posted({**LONG, "max_tokens": 500, "stream": True}))
         server.wait_until(lambda: server.metric("active_slots") == 2, 5)

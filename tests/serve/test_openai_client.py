@@ -35,9 +35,7 @@ def test_a_stream_joins_to_the_same_text_as_the_whole(chatting: Any) -> None:
     asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "seed": 5}
     with chatting.client() as client:
         whole = client.chat.completions.create(**asked)
-        events = list(
-            client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-        )
+        events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert events[0].choices[0].delta.role == "assistant"
     parts = [event.choices[0].delta.content or "" for event in events if event.choices]
     assert "".join(parts) == whole.choices[0].message.content
@@ -170,8 +168,7 @@ def test_the_asynchronous_client_streams_several_at_once(chatting: Any) -> None:
     together = asyncio.run(all_at_once())
     with chatting.client() as client:
         alone = [
-            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=30, seed=seed)
-            for seed in range(8)
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=30, seed=seed) for seed in range(8)
         ]
     assert together == [done.choices[0].message.content for done in alone]
 

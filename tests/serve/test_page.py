@@ -107,9 +107,25 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(tab: Tab, chatting: Any) -
 def test_what_the_model_or_a_person_writes_is_never_html(tab: Tab) -> None:
     evil = "<img src=x onerror='document.title=\"owned\"'><script>document.title='owned'</script><b>bold</b>"
     events = [
-        {"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": None, "logprobs": {"content": [
-            {"token": evil, "logprob": -1, "bytes": [], "top_logprobs": [{"token": evil, "logprob": -1, "bytes": []}]}
-        ]}}]},
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "delta": {"content": evil},
+                    "finish_reason": None,
+                    "logprobs": {
+                        "content": [
+                            {
+                                "token": evil,
+                                "logprob": -1,
+                                "bytes": [],
+                                "top_logprobs": [{"token": evil, "logprob": -1, "bytes": []}],
+                            }
+                        ]
+                    },
+                }
+            ]
+        },
     ]
     stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     tab.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
