@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, takewhile
+from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from openelm.errors import ConfigError, OpenELMError
-from openelm.generate.request import Chosen, Generation, Token, read_choices
+from openelm.generate.request import Chosen, Generation, Token, common_tokens, read_choices
 from openelm.generate.sampler import Choice
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.decoding import Decoder
@@ -41,13 +41,13 @@ class _Slot:
         """Count the tokens of a request's prompt that stand here; one at least must be read, to predict the next."""
         if self.scope != generation.scope:
             return 0
-        return min(_common(self.ids, generation.ids), generation.prompt_tokens - 1)
+        return min(common_tokens(self.ids, generation.ids), generation.prompt_tokens - 1)
 
     def will_share(self, generation: Generation) -> int:
         """Count those that will stand here when the prompt that is being read has been read."""
         if self.generation is None or self.scope != generation.scope:
             return 0
-        return min(_common(self.generation.ids, generation.ids), generation.prompt_tokens - 1)
+        return min(common_tokens(self.generation.ids, generation.ids), generation.prompt_tokens - 1)
 
 
 class Engine:
@@ -175,14 +175,14 @@ class Engine:
         return self._length - len(prompt_ids) + 1
 
     def _place_waiting(self) -> None:
-        """Give free slots to those who wait, but not before most of their prompt has been read for somebody else."""
+        """Give free slots to those who wait, but not while somebody else reads their prompt."""
         for generation in list(self._waiting):
             free = [slot for slot in self._slots if slot.generation is None]
             if not free:
                 return
             source = max(self._slots, key=lambda slot: slot.shared(generation))
             shared = source.shared(generation)
-            if any(2 * (slot.will_share(generation) - shared) > generation.prompt_tokens for slot in self._reading):
+            if any(slot.will_share(generation) > shared + 1 for slot in self._reading):  # 1: a BOS id
                 continue
             self._waiting.remove(generation)
             slot = min(free, key=lambda slot: slot.last_used)
@@ -284,7 +284,7 @@ class Engine:
         """Take a request out of its slot; what the slot holds of the text stays for others of its scope."""
         for slot in self._slots:
             if slot.generation is generation:
-                kept = min(_common(slot.ids, generation.ids), self._decoder.used(slot.index))
+                kept = min(common_tokens(slot.ids, generation.ids), self._decoder.used(slot.index))
                 del slot.ids[kept:]
                 self._decoder.truncate(slot.index, kept)
                 slot.generation, slot.last_used = None, next(self._time)
@@ -308,8 +308,3 @@ def generate_text(model: OpenELM, tokenizer: Tokenizer, prompt: str, config: Sam
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encode a text to be continued: BOS, where the tokenizer has one, then the text's ids."""
     return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the ids that two texts begin with together."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

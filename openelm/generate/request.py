@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -133,3 +134,8 @@ def read_choices(choices: Sequence[Choice]) -> list[Chosen]:
         ids, logprobs = top[: len(top) // 2], top[len(top) // 2 :]
         found.append(Chosen(int(token_id), logprob, tuple(zip(map(int, ids), logprobs, strict=True))))
     return found
+
+
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the ids that two texts begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
