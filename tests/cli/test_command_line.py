@@ -12,7 +12,20 @@ import pytest
 from openelm import __version__
 from openelm.cli import main
 
-VERBS = ("demo", "train", "average", "report", "verify", "eval", "inspect", "plan", "bench", "generate", "chat")
+VERBS = (
+    "demo",
+    "train",
+    "average",
+    "report",
+    "verify",
+    "eval",
+    "inspect",
+    "plan",
+    "bench",
+    "generate",
+    "chat",
+    "serve",
+)
 VERBS += ("convert", "push", "data manifest", "data merge", "data check", "data decontaminate", "data dedup")
 Failed = Callable[..., str]
 

@@ -72,6 +72,16 @@ class Server:
         status, _, answer = self.request("POST", path, {"Content-Type": "application/json", **headers}, data)
         return status, json.loads(answer)
 
+    def as_request(self, body: Any) -> tuple[str, str, dict[str, str], bytes]:
+        """Say the arguments of `request` that post JSON."""
+        return "POST", "/v1/completions", {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+    def posted(self, body: Any) -> bytes:
+        """Write a whole request that posts JSON."""
+        data = json.dumps(body).encode()
+        lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+        return "\r\n".join((*lines, f"Content-Length: {len(data)}", "", "")).encode() + data
+
     def metric(self, name: str) -> float:
         _, _, text = self.request("GET", "/metrics")
         return sum(float(line.split()[-1]) for line in text.decode().splitlines() if line.startswith(f"openelm_{name}"))
