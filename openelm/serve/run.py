@@ -34,8 +34,8 @@ _BACKLOG = 2048
 _THREADS = 4  # for parsing and tokenising; a hard constraint can keep one for seconds
 _SEND_BUFFER_BYTES = 128 << 10  # of a socket; what a reader does not read piles up there first
 _OPEN_FILES = 16_384
-# The engine's thread hands tokens to the event loop after each step, and would then wait for Python's lock for the usual
-# 5 ms, longer than a step of a small model takes: four streams of the demo's were a tenth as fast.
+# The engine's thread hands tokens to the event loop after each step, and would then wait for Python's lock for the
+# usual 5 ms, longer than a step of a small model takes: four streams of the demo's were a tenth as fast.
 _SWITCH_SECONDS = 0.0002
 _quiet = logging.Logger("openelm.serve.http", level=logging.CRITICAL + 1)  # aiohttp's words quote requests
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import random
 import resource
 import select
 import socket
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -254,50 +254,33 @@ def test_after_many_random_disconnects_no_slot_is_taken(base: Any, count: int) -
 
 def crowd(server: Any, count: int) -> tuple[Counter[str], float, int]:
     """Ask with so many connections at once; returns the answers, the slowest /health meanwhile, memory taken."""
-    before, healths, done = server.rss_bytes(), [0.0], threading.Event()
-    body = posted({"model": "tiny", "prompt": "Once", "max_tokens": 20})
-    most = [before]
-
-    async def one() -> str:
-        try:
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(body)
-            line, _, rest = (await reader.read(65536)).partition(b"\r\n")
-            writer.close()
-            status = line.split()[1].decode()
-            return status if status != "429" or b"Retry-After: 1" in rest else "429 without Retry-After"
-        except OSError as error:
-            return type(error).__name__
-
-    async def everyone() -> list[str]:
-        return await asyncio.gather(*(one() for _ in range(count)))
-
-    def ask_health() -> None:
-        while not done.wait(0.02):
+    before = most = server.rss_bytes()
+    slowest = 0.0
+    command = [sys.executable, str(Path(__file__).with_name("crowd.py")), *map(str, server.address), str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as asking:
+        assert asking.stdin and asking.stdout
+        asking.stdin.write(posted({"model": "tiny", "prompt": "Once", "max_tokens": 20}))
+        asking.stdin.close()
+        while asking.poll() is None:
             began = time.monotonic()
             assert server.request("GET", "/health")[0] == 200
-            healths.append(time.monotonic() - began)
-            most.append(server.rss_bytes())
-
-    watching = threading.Thread(target=ask_health)
-    watching.start()
-    try:
-        answers = asyncio.run(everyone())
-        time.sleep(0.2)
-    finally:
-        done.set()
-        watching.join()
-    return Counter(answers), max(healths), max(most) - before
+            slowest = max(slowest, time.monotonic() - began)
+            most = max(most, server.rss_bytes())
+            time.sleep(0.02)
+        return Counter(json.loads(asking.stdout.read())), slowest, most - before
 
 
 @pytest.mark.faults
 @pytest.mark.quick
 def test_a_thousand_connections_are_all_answered(base: Any) -> None:
     base.ask({"model": "tiny", "prompt": "warm", "max_tokens": 2})
-    answers, _, taken = crowd(base, 1000)
-    assert set(answers) <= {"200", "429"}
-    assert answers["200"] >= 4 and answers.total() == 1000
-    assert taken < 100 * MIB
+    found = [crowd(base, 1000) for _ in range(3)]
+    print(found)
+    for answers, _, taken in found:
+        assert set(answers) <= {"200", "429"} and answers.total() == 1000
+        assert answers["200"] >= 4
+        assert taken < 100 * MIB
+    assert min(slowest for _, slowest, _ in found) < 0.1  # one quiet run of three: the machine is not ours alone
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_again(start: Any, folder: Path) -> None:
