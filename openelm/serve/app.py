@@ -167,6 +167,7 @@ class _Routes:
             raise Refusal(415, "Content-Type must be application/json", code="unsupported_media_type")
         if "Content-Encoding" in request.headers:  # a few bytes may unfold to very many
             raise Refusal(415, "compressed bodies are not taken", code="unsupported_media_type")
+        service.worker.check_room()  # before the body is read: refusing must cost next to nothing
         body = await service.bodies.read(request)
         began = time.monotonic()
         service.connections.asked(request.protocol)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -185,6 +186,8 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         site = web.SockSite(runner, listening, backlog=_BACKLOG)
         await site.start()
         watch = asyncio.create_task(connections.watch())
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking through it for garbage takes a tenth of a second each time
         try:
             host, port = listening.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")

@@ -102,16 +102,20 @@ class Worker:
         """Slots in use."""
         return self._engine.active
 
+    def check_room(self, choices: int = 1) -> None:
+        """Refuse what `hold` would refuse."""
+        if self._ending:
+            raise ending()
+        if choices > self._most - self._held or self._replies >= _UNREAD * self._most:
+            raise busy()
+
     def hold(self, choices: int) -> None:
         """Keep places for choices, before any work is done for them.
 
         Raises:
             Refusal: 429, the queue is full, or too many answers wait for readers; 503, the server is ending.
         """
-        if self._ending:
-            raise ending()
-        if choices > self._most - self._held or self._replies >= _UNREAD * self._most:
-            raise busy()
+        self.check_room(choices)
         self._held += choices
 
     def release(self, choices: int) -> None:
