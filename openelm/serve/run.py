@@ -84,10 +84,21 @@ class Served:
     waiting: int = 64
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        longest = self.model.config.max_context_length
+        for what, value, most in (
+            ("--slots", self.slots, 1024),
+            ("--context", self.length_tokens, longest),
+            ("--queue", self.waiting, 65_536),
+        ):
+            least = 0 if what == "--queue" else 1
+            if not least <= value <= most:
+                raise ConfigError(f"{what} {value} is not between {least} and {most}", fix="choose another number")
+
     @property
     def length_tokens(self) -> int:
         """Tokens of a slot."""
-        return self.context_tokens or self.model.config.max_context_length
+        return self.model.config.max_context_length if self.context_tokens is None else self.context_tokens
 
 
 def read_keys(environment: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
@@ -155,24 +166,8 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
     opened: list[Any] = []
     connections = Connections(limits, lambda: opened[0].connections if opened else ())
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="prepare") as threads:
-        service = Service(
-            model=describe(served),
-            tokenizer=served.tokenizer,
-            preparer=Preparer(
-                served.tokenizer,
-                name=served.name,
-                context_tokens=served.length_tokens,
-                chat_tuned=served.chat_tuned,
-            ),
-            worker=worker,
-            access=Access(place.host, names=place.names, keys=place.keys),
-            bodies=Bodies(limits),
-            connections=connections,
-            metrics=Metrics(active=lambda: worker.active, waiting=lambda: max(0, worker.held - worker.active)),
-            threads=threads,
-        )
         runner = web.AppRunner(
-            make_app(service),
+            make_app(_service(served, place, worker, connections, threads)),
             access_log=None,
             logger=_quiet,
             handler_cancellation=True,  # a client that leaves ends its request at once
@@ -199,6 +194,27 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
             watch.cancel()
             await worker.stop()
             await runner.cleanup()
+
+
+def _service(
+    served: Served, place: Place, worker: Worker, connections: Connections, threads: ThreadPoolExecutor
+) -> Service:
+    return Service(
+        model=describe(served),
+        tokenizer=served.tokenizer,
+        preparer=Preparer(
+            served.tokenizer,
+            name=served.name,
+            context_tokens=served.length_tokens,
+            chat_tuned=served.chat_tuned,
+        ),
+        worker=worker,
+        access=Access(place.host, names=place.names, keys=place.keys),
+        bodies=Bodies(served.limits),
+        connections=connections,
+        metrics=Metrics(active=lambda: worker.active, waiting=lambda: max(0, worker.held - worker.active)),
+        threads=threads,
+    )
 
 
 async def _told_to_stop() -> None:

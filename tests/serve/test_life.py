@@ -120,3 +120,10 @@ def test_a_taken_port_is_an_error_of_the_user(base: Any, folder: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode == 2 and "cannot listen" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--slots", "0"), ("--context", "0"), ("--context", "4096"), ("--queue", "-1")])
+def test_numbers_that_cannot_be_are_errors_of_the_user(folder: Path, wrong: tuple[str, str]) -> None:
+    from openelm.cli import main
+
+    assert main(["serve", str(folder), "--port", "0", *wrong]) == 2
