@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow faults lint clean
+.PHONY: install demo test test-slow faults soak lint clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,9 @@ test-slow: install
 
 faults: install
 	$(BIN)/pytest -m faults -n 2
+
+soak: install
+	OPENELM_SOAK_MINUTES=30 $(BIN)/pytest -s -m slow tests/serve/test_soak.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ from openelm.cli.convert_options import (
 )
 from openelm.cli.data_options import add_data_actions
 from openelm.cli.sampling_options import add_generation_options, add_sampling_options
+from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
@@ -41,6 +42,7 @@ _HANDLERS = {
     "bench": ("bench", "bench"),
     "generate": ("talk", "generate"),
     "chat": ("talk", "chat"),
+    "serve": ("serve", "serve"),
     "data manifest": ("data", "manifest"),
     "data merge": ("data", "merge"),
     "convert": ("convert", "convert"),
@@ -53,6 +55,7 @@ _HANDLERS = {
 _EPILOG = """start here:
   openelm demo                                  text in, a talking model out, in about ten minutes on two cores
   openelm chat runs/demo/model                  talk with it
+  openelm serve runs/demo/model                 the same in a browser, and for programs
   openelm train RECIPE.toml --out runs/mine     train your own; the same command resumes
   openelm inspect 1.1b                          shapes and costs of a published size
 
@@ -359,6 +362,9 @@ def _add_talking(verbs: Verbs) -> None:
     for parser in (generate, chat):
         add_sampling_options(parser)
         _add_device(parser)
+    serve = _verb(verbs, "serve", "serve a model to programs (OpenAI's API) and browsers (a chat page)", SERVE_EXAMPLE)
+    add_serve_options(serve)
+    _add_device(serve)
 
 
 def _add_data(verbs: Verbs) -> None:

@@ -38,7 +38,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculate",
         metavar="lookup|MODEL",
-        help="guess tokens, from the text itself or by a smaller model; the text stays the same, only the speed changes",
+        help="guess tokens, from the text itself or by a smaller model; only the speed changes, not the text",
     )
 
 

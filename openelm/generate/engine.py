@@ -96,6 +96,11 @@ class Engine:
         return sum(slot.generation is not None for slot in self._slots)
 
     @property
+    def running(self) -> tuple[Generation, ...]:
+        """Requests that have a slot."""
+        return tuple(slot.generation for slot in self._slots if slot.generation is not None)
+
+    @property
     def waiting(self) -> int:
         """Requests without a slot."""
         return len(self._waiting)

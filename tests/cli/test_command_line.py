@@ -12,17 +12,22 @@ import pytest
 from openelm import __version__
 from openelm.cli import main
 
-VERBS = ("demo", "train", "average", "report", "verify", "eval", "inspect", "plan", "bench", "generate", "chat")
-VERBS += (
-    "convert",
-    "push",
-    "quantize",
-    "data manifest",
-    "data merge",
-    "data check",
-    "data decontaminate",
-    "data dedup",
+VERBS = (
+    "demo",
+    "train",
+    "average",
+    "report",
+    "verify",
+    "eval",
+    "inspect",
+    "plan",
+    "bench",
+    "generate",
+    "chat",
+    "serve",
 )
+VERBS += ("convert", "push", "quantize")
+VERBS += ("data manifest", "data merge", "data check", "data decontaminate", "data dedup")
 Failed = Callable[..., str]
 
 
