@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
@@ -117,7 +117,9 @@ class _Company:
 
 
 def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
-    """Make the C++ kernel of a model, if it takes all of its weights."""
+    """Make the C++ kernel of a model, if it takes all of its weights and they are all here."""
+    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):  # shared by several processes
+        return None
     layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
     blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
     embedding, head = _weight(model.transformer.token_embeddings), _weight(model.head)

@@ -33,7 +33,8 @@ def sharded_model(config: ModelConfig, processes: Processes, size: int, device: 
     for layer in model.transformer.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "hidden")
+    for method in ("hidden", "next_states"):
+        register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
     return model
 
