@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openelm.errors import ConfigError, DataError, NumericError
 from openelm.generate.gptq import rounded_for_products, rounded_to_searched
+from openelm.generate.walk import EMBEDDING, LAYERS, Walk
 from openelm.kernels.quantized import dequantised
-from openelm.kernels.rms_norm import rms_norm
 from openelm.model.config import ModelConfig
 from openelm.model.folder import is_chat_tuned, open_model, save_weights
 from openelm.model.quantized import BITS, GROUPS, Packed, Quantization, packed, rounded
-from openelm.model.rotary import RotaryTable
-from openelm.model.transformer import Layer, block
-from openelm.model.weights import Weights
+from openelm.model.weights import LazyTensor, Weights
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
 Method: TypeAlias = Literal["rtn", "gptq"]
@@ -26,10 +25,7 @@ METHODS: tuple[Method, ...] = ("rtn", "gptq")
 CALIBRATION_TOKENS = 32_768
 _CALIBRATION_LENGTH = 2048
 _SPREAD = 8  # calibration rows are taken evenly from so many times as many tokens
-_BATCH_ROWS = 8
-_CPU = torch.device("cpu")
-_EMBEDDING, _HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
-_LAYERS, _NORM = "transformer.layers.", "transformer.norm.weight"
+_HEAD = "lm_head.weight"
 _HEAD_DAMPING = 0.1  # the embedding's numbers count too
 
 
@@ -52,7 +48,7 @@ def quantize(
         method: rtn rounds each number to the nearest, as MLX does to the bit; gptq rounds for the products with what
             `calibration` makes of each matrix's inputs.
         calibration: texts; `CALIBRATION_TOKENS` of them are used.
-        written: is told how many bytes of weights of how many are done.
+        written: is told how many bytes of how many are done.
 
     Raises:
         ConfigError: bits, group or method that there are not, or a model that is quantised already.
@@ -60,23 +56,17 @@ def quantize(
         DataError: there is too little calibration text.
         NumericError: weights or states are not finite; names the matrix.
     """
-    if method not in METHODS:
-        raise ConfigError(f"no method is called {method!r}", fix=f"methods: {', '.join(METHODS)}")
     model, weights = open_model(folder)
     if model.quantization is not None:
         what = f"the model is quantised already, to {model.quantization.bits} bits"
         raise ConfigError(what, file=folder, fix="give the model that it was made from")
-    quantization = _chosen(bits, group, weights)
-    tokenizer, bits, group = load_tokenizer(folder), quantization.bits, quantization.group_size
+    if method not in METHODS:
+        raise ConfigError(f"no method is called {method!r}", fix=f"methods: {', '.join(METHODS)}")
+    quantization, tokenizer, done = _chosen(bits, group, weights), load_tokenizer(folder), 0
+    rows = None
     if method == "gptq":
         rows = calibration_rows(calibration, tokenizer, model.config.max_context_length)
-        pack_one = _Calibrated(model.config, weights, rows, quantization).pack
-    else:
-
-        def pack_one(name: str) -> Packed:
-            return rounded(_finite(weights, name), bits, group)
-
-    parts, done = packed(weights, bits, group, pack_one), 0
+    parts = _packed(model.config, weights, rows, quantization)
     total = sum(tensor.bytes for tensor in parts.values())
 
     def advance(count: int) -> None:
@@ -95,6 +85,13 @@ def quantize(
         written=advance,
     )
     return quantization
+
+
+def _packed(config: ModelConfig, weights: Weights, rows: Tensor | None, kind: Quantization) -> dict[str, LazyTensor]:
+    if rows is not None:
+        return packed(weights, kind.bits, kind.group_size, _Calibrated(config, weights, rows, kind).pack)
+    nearest = functools.partial(rounded, bits=kind.bits, group=kind.group_size)
+    return packed(weights, kind.bits, kind.group_size, lambda name: nearest(_finite(weights, name)))
 
 
 def calibration_rows(texts: Iterable[str], tokenizer: Tokenizer, context_tokens: int) -> Tensor:
@@ -126,80 +123,35 @@ class _Calibrated:
     def __init__(self, config: ModelConfig, weights: Weights, ids: Tensor, quantization: Quantization) -> None:
         self._config, self._weights, self._ids = config, weights, ids
         self._bits, self._group = quantization.bits, quantization.group_size
-        self._states: list[Tensor] = []
-        self._number, self._layer = -1, nn.Module()
-        self._head = _EMBEDDING if config.share_input_output_layers else _HEAD
-        rotary = RotaryTable(config.head_dim, config.rope_freq_constant, bf16_frequencies=config.rope_bf16_frequencies)
-        self._rope = rotary.at(0, ids.shape[1], _CPU)
+        self._head = EMBEDDING if config.share_input_output_layers else _HEAD
+        self._table: Tensor | None = None
+        self._walk: Walk | None = None
 
-    @torch.no_grad()
     def pack(self, name: str) -> Packed:
         weight = _finite(self._weights, name)
-        if name.startswith(_LAYERS):
-            return self._in_layer(name, weight)
+        if name.startswith(LAYERS):
+            self._walk = self._walk or Walk(self._config, self._weights, self._ids, self._table)
+            parts = rounded_for_products(weight, _hessian(self._walk.inputs_of(name)), self._bits, self._group)
+            self._walk.replace(dequantised(*parts, self._bits, self._group))
+            return parts
         if name == self._head:
-            parts = rounded_for_products(weight, self._final_hessian(), self._bits, self._group, _HEAD_DAMPING)
+            states = Walk(self._config, self._weights, self._ids).last_states()
+            parts = rounded_for_products(weight, _hessian(states), self._bits, self._group, _HEAD_DAMPING)
         else:
             parts = rounded_to_searched(weight, self._bits, self._group)
-        if name == _EMBEDDING:
-            self._embed(dequantised(*parts, self._bits, self._group))
+        if name == EMBEDDING:
+            self._table = dequantised(*parts, self._bits, self._group)
         return parts
 
-    def _in_layer(self, name: str, weight: Tensor) -> Packed:
-        number, *path, _ = name.removeprefix(_LAYERS).split(".")
-        if not self._states:  # the embedding's rows are not whole groups
-            self._embed(self._weights[_EMBEDDING].read())
-        self._go_to(int(number))
-        module = self._layer.get_submodule(".".join(path))
-        parts = rounded_for_products(weight, self._hessian(module), self._bits, self._group)
-        module.weight = nn.Parameter(dequantised(*parts, self._bits, self._group).float())
-        return parts
 
-    def _embed(self, table: Tensor) -> None:
-        self._states = [table[batch].float() for batch in torch.split(self._ids, _BATCH_ROWS)]
-        self._number = -1
-
-    def _go_to(self, number: int) -> None:
-        """Compute what goes into a layer, and load its weights in fp32."""
-        while self._number < number:
-            if self._number >= 0:
-                self._states = self._run()
-            self._number += 1
-            prefix = f"{_LAYERS}{self._number}."
-            own = {name: tensor for name, tensor in self._weights.items() if name.startswith(prefix)}
-            with torch.device("meta"):
-                self._layer = Layer(self._config, self._number)
-            tensors = {name.removeprefix(prefix): tensor.read().float() for name, tensor in own.items()}
-            self._layer.load_state_dict(tensors, assign=True)
-
-    def _hessian(self, module: nn.Module) -> Tensor:
-        """Sum x xᵀ over all inputs x of a projection."""
-        columns = module.get_parameter("weight").shape[1]
-        sums = torch.zeros(columns, columns)
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2)
-            sums.addmm_(rows.T, rows)
-
-        hook = module.register_forward_pre_hook(add)
-        self._run()
-        hook.remove()
-        return sums
-
-    def _final_hessian(self) -> Tensor:
-        """Sum x xᵀ over the states x that the output matrix is multiplied with, of the plain model."""
-        before = self._states, self._number, self._layer
-        self._embed(self._weights[_EMBEDDING].read())
-        self._go_to(self._config.num_transformer_layers - 1)
-        scale, sums = self._weights[_NORM].read().float(), torch.zeros(self._config.model_dim, self._config.model_dim)
-        for states in self._run():
-            rows = rms_norm(states, scale, self._config.rms_norm_eps).flatten(0, -2)
-            sums.addmm_(rows.T, rows)
-        self._states, self._number, self._layer = before
-        return sums
-
-    def _run(self) -> list[Tensor]:
-        return [self._layer(states, self._rope, None, None, block) for states in self._states]
+def _hessian(inputs: list[Tensor]) -> Tensor:
+    """Sum x xᵀ over the rows x of all inputs (…, columns)."""
+    columns = inputs[0].shape[-1]
+    sums = torch.zeros(columns, columns)
+    for batch in inputs:
+        rows = batch.view(-1, columns)
+        sums.addmm_(rows.T, rows)
+    return sums
 
 
 def _chosen(bits: int, group: int | None, weights: Weights) -> Quantization:

@@ -24,10 +24,11 @@ def groups_of(numbers: Tensor, size: int) -> Tensor:
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Put whole numbers of `bits` bits, (..., columns), into words: uint32 (..., columns · bits / 32)."""
-    per_word = WORD_BITS // bits
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64, device=numbers.device)
-    words = (groups_of(numbers.long(), per_word) << shifts).sum(-1)
-    return words.to(torch.int32).view(torch.uint32)  # wraps around: the bits are the same
+    in_words = groups_of(numbers.int(), WORD_BITS // bits)
+    words = in_words[..., 0].clone()
+    for place in range(1, in_words.shape[-1]):
+        words |= in_words[..., place] << bits * place
+    return words.view(torch.uint32)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:

@@ -132,6 +132,22 @@ def test_a_self_contained_folder_needs_transformers_alone(publish: Publish, tmp_
         assert ids == [source.tokenizer.bos_id, *source.tokenizer.encode("The fox talks.")]
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["its own files", "openelm imported"])
+def test_a_quantised_folder_is_refused_with_the_way_out(publish: Publish, tmp_path: Path, alone: bool) -> None:
+    options = Options(to="mlx", quantize="4", self_contained=alone)
+    with open_source(publish()) as source:
+        write(source, tmp_path / "packed", options)
+    if not alone:
+        with pytest.raises(ValueError, match="openelm convert"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        return
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "packed"), "no tokens", "no output"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={"HF_HOME": str(tmp_path), "PATH": ""}
+    )
+    assert done.returncode != 0 and "the matrices are quantised" in done.stderr
+
+
 def test_a_self_contained_folder_stays_so_when_it_is_saved_again(publish: Publish, tmp_path: Path) -> None:
     plain = publish()
     with open_source(plain) as source:
