@@ -154,6 +154,7 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         ConfigError: the address cannot be had; the model and the tokenizer do not fit.
     """
     _raise_file_limit()
+    told = _told_to_stop()  # before the address is known, for whoever knows it may end us
     listening = _listen(place)
     limits = served.limits
     engine = Engine(served.model, served.tokenizer, slots=served.slots, length=served.length_tokens)
@@ -181,7 +182,7 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         try:
             host, port = listening.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            await _told_to_stop()
+            await told.wait()
             await site.stop()
             worker.end()
             await _drained(worker, limits.drain_seconds)
@@ -212,11 +213,11 @@ def _service(
     )
 
 
-async def _told_to_stop() -> None:
+def _told_to_stop() -> asyncio.Event:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    await told.wait()
+    return told
 
 
 async def _drained(worker: Worker, seconds: float) -> None:
