@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,9 +34,6 @@ _BACKLOG = 2048
 _THREADS = 4  # for parsing and tokenising; a hard constraint can keep one for seconds
 _SEND_BUFFER_BYTES = 128 << 10  # of a socket; what a reader does not read piles up there first
 _OPEN_FILES = 16_384
-# The engine's thread hands tokens to the event loop after each step, and would then wait for Python's lock for the
-# usual 5 ms, longer than a step of a small model takes: four streams of the demo's were a tenth as fast.
-_SWITCH_SECONDS = 0.0002
 _quiet = logging.Logger("openelm.serve.http", level=logging.CRITICAL + 1)  # aiohttp's words quote requests
 
 
@@ -158,7 +154,7 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         ConfigError: the address cannot be had; the model and the tokenizer do not fit.
     """
     _raise_file_limit()
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    told = _told_to_stop()  # before the address is known, for whoever knows it may end us
     listening = _listen(place)
     limits = served.limits
     engine = Engine(served.model, served.tokenizer, slots=served.slots, length=served.length_tokens)
@@ -182,11 +178,11 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         await site.start()
         watch = asyncio.create_task(connections.watch())
         gc.collect()
-        gc.freeze()  # what is loaded stays: looking through it for garbage takes a tenth of a second each time
+        gc.freeze()  # what is loaded stays, and need not be looked through for garbage again and again
         try:
             host, port = listening.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            await _told_to_stop()
+            await told.wait()
             await site.stop()
             worker.end()
             await _drained(worker, limits.drain_seconds)
@@ -217,11 +213,11 @@ def _service(
     )
 
 
-async def _told_to_stop() -> None:
+def _told_to_stop() -> asyncio.Event:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    await told.wait()
+    return told
 
 
 async def _drained(worker: Worker, seconds: float) -> None:

@@ -98,15 +98,18 @@ def test_the_command_prints_its_address_and_ends_with_code_0(folder: Path) -> No
         text=True,
         env=environment,
     )
-    assert process.stdout
-    address = process.stdout.readline().split()[0]
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(posted({**LONG, "max_tokens": 200}))
-        answer = json.loads(received(connection).partition(b"\r\n\r\n")[2])
+    try:
+        assert process.stdout
+        address = process.stdout.readline().split()[0]
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(posted({**LONG, "max_tokens": 200}))
+            answer = json.loads(received(connection).partition(b"\r\n\r\n")[2])
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert answer["usage"]["total_tokens"] == 65  # the last token is not read back
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "Ctrl-C ends it" in said and "Traceback" not in said
 

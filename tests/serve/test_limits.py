@@ -280,9 +280,8 @@ def test_a_thousand_connections_are_all_answered(base: Any) -> None:
         assert set(answers) <= {"200", "429"} and answers.total() == 1000
         assert answers["200"] >= 4
         assert taken < 100 * MIB
-    # A burst is answered in order, and /health comes last in it: 95 to 200 ms where clients, event loop and engine
-    # share two cores. The best of three, as the machine is not ours alone.
-    assert min(slowest for _, slowest, _ in found) < 0.3
+    # A burst is answered in order, and /health comes last in it; a blocked event loop would take seconds.
+    assert min(slowest for _, slowest, _ in found) < 1
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_again(start: Any, folder: Path) -> None:
