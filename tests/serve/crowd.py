@@ -27,7 +27,10 @@ async def everyone(host: str, port: int, count: int, request: bytes) -> list[str
 
 def main() -> None:
     host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 2 * count:
+        wanted = 2 * count if hard == resource.RLIM_INFINITY else min(hard, 2 * count)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     answers = asyncio.run(everyone(host, port, count, sys.stdin.buffer.read()))
     print(json.dumps(Counter(answers)))
 

@@ -135,9 +135,12 @@ def test_costly_requests_are_refused_before_they_cost(base: Any) -> None:
         {"prompt": list(range(120_000))},
     ):
         body = json.dumps({**GOOD, **change}).encode()
-        began = time.perf_counter()
-        assert base.ask(body)[0] == 400
-        assert time.perf_counter() - began < 0.25  # of which the way there and back
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            assert base.ask(body)[0] == 400
+            seconds.append(time.perf_counter() - began)
+        assert min(seconds) < 0.25, "a refusal that took work would take it every time"
 
 
 def test_compressed_bodies_are_refused(base: Any) -> None:
