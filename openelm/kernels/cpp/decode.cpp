@@ -182,6 +182,9 @@ static void attend_to_chunk(
     long count = std::min(CHUNK, tokens.positions[token] + 1 - chunk * CHUNK);
     long offset = ((tokens.slots[token] * block.kv_heads + kv_head) * model.length + chunk * CHUNK) * dim;
     const float* queries = state.wide + token * state.wide_row + kv_head * groups * dim;
+    const T *keys = (const T*)block.keys + offset, *values = (const T*)block.values + offset;
+    for (auto* part : {keys, values})  // all at once: a chunk ends before a CPU has foreseen what is read
+        for (long i = 0; i < count * dim; i += 64 / sizeof(T)) __builtin_prefetch(part + i);
     float* padded_queries = own_values.floats(TOGETHER * parts * WIDTH);
     float scores[TOGETHER][CHUNK];
     float scale = 1 / std::sqrt(float(dim));
@@ -193,12 +196,12 @@ static void attend_to_chunk(
             for (long k = 0; k < parts * WIDTH; k++)
                 padded_queries[g * parts * WIDTH + k] = k < dim ? queries[head * dim + k] * scale : 0.f;
         }
-        score(padded_queries, parts, (const T*)block.keys + offset, dim, count, scores);
+        score(padded_queries, parts, keys, dim, count, scores);
         for (long g = 0; g < TOGETHER; g++) {
             auto [most, total] = weigh(scores[g], count);
             out[g][dim] = most, out[g][dim + 1] = total;
         }
-        mix(scores, (const T*)block.values + offset, dim, count, out);
+        mix(scores, values, dim, count, out);
     }
 }
 
