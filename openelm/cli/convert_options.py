@@ -24,7 +24,7 @@ QUANTIZE_EXAMPLE = (
     "methods:\n"
     "  rtn   round each number to the nearest; 8 bits lose next to nothing so\n"
     "  gptq  round for the products with a calibration text: of the layers, one after the other; best for 4 bits\n\n"
-    "The text of --calibration should be like what the model will read; 32,768 tokens of it are used."
+    "The text of --calibration should be like what the model will read; 16,384 tokens of it are used."
 )
 
 

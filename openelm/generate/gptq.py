@@ -71,19 +71,21 @@ def rounded_for_products(weight: Tensor, hessian: Tensor, bits: int, group: int,
     """
     order, upper = _order(hessian, damping)
     scales, biases = searched(weight, bits, group)
-    left, numbers, columns = weight.float()[:, order], torch.empty(weight.shape), weight.shape[1]
+    scale_of, bias_of = (part.float().T.contiguous() for part in (scales, biases))
+    left = weight.float().T[order]  # columns lie together here
+    numbers, columns = torch.empty_like(left), len(left)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        errors = torch.empty(len(left), end - start)
+        errors = torch.empty(end - start, left.shape[1])
         for column in range(start, end):
-            place = order[column]
-            scale, bias = (part[:, place // group].float() for part in (scales, biases))
-            number = ((left[:, column] - bias) / scale).round().clamp(0, (1 << bits) - 1)
-            error = (left[:, column] - (scale * number + bias)) / upper[column, column]
-            left[:, column:end] -= error[:, None] * upper[column, column:end]
-            numbers[:, place], errors[:, column - start] = number, error
-        left[:, end:] -= errors @ upper[start:end, end:]
-    return pack(numbers, bits), scales, biases
+            place = int(order[column])
+            scale, bias = scale_of[place // group], bias_of[place // group]
+            number = ((left[column] - bias) / scale).round().clamp(0, (1 << bits) - 1)
+            error = (left[column] - (scale * number + bias)) / upper[column, column]
+            left[column:end].addr_(upper[column, column:end], error, alpha=-1)
+            numbers[place], errors[column - start] = number, error
+        left[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return pack(numbers.T, bits), scales, biases
 
 
 def _order(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:

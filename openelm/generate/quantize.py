@@ -22,9 +22,9 @@ from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
 Method: TypeAlias = Literal["rtn", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq")
-CALIBRATION_TOKENS = 32_768
+CALIBRATION_TOKENS = 16_384
 _CALIBRATION_LENGTH = 2048
-_SPREAD = 8  # calibration rows are taken evenly from so many times as many tokens
+_SPREAD = 16  # calibration rows are taken evenly from so many times as many tokens
 _HEAD = "lm_head.weight"
 _HEAD_DAMPING = 0.1  # the embedding's numbers count too
 

@@ -24,8 +24,8 @@ def groups_of(numbers: Tensor, size: int) -> Tensor:
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Put whole numbers of `bits` bits, (..., columns), into words: uint32 (..., columns · bits / 32)."""
-    in_words = groups_of(numbers.int(), WORD_BITS // bits)
-    words = in_words[..., 0].clone()
+    in_words = groups_of(numbers.int().contiguous(), WORD_BITS // bits)
+    words = in_words[..., 0].clone(memory_format=torch.contiguous_format)
     for place in range(1, in_words.shape[-1]):
         words |= in_words[..., place] << bits * place
     return words.view(torch.uint32)
