@@ -52,7 +52,10 @@ def main() -> None:
             for streams in options.streams:
                 result = asyncio.run(measure(address, folder, streams, options))
                 single = single or result["tokens_per_second"] / streams
-                result |= {"ratio_to_one_stream": result["tokens_per_second"] / single, "model": options.size or "demo"}
+                result |= {
+                    "ratio_to_one_stream": result["tokens_per_second"] / single,
+                    "model": options.size or options.model.name,
+                }
                 result |= {"cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
                 result["date"] = str(date.today())
                 print(json.dumps(result) if options.json else result, flush=True)
