@@ -8,35 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openelm.kernels.native import call, runs_native
-
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_KINDS_OF_BITS = {8: 2, 4: 3}
-GROUP = 64  # numbers of a quantised row that share a scale, as in cpp/few_rows.h
-
-
-class Weight(NamedTuple):
-    """A matrix (out, in) of fp32 or bf16, or of few bits with scales and biases (out, in / group)."""
-
-    numbers: Tensor
-    scales: Tensor | None = None
-    biases: Tensor | None = None
-    bits: int = 0
-    group: int = GROUP
-
-    def is_known(self) -> bool:
-        """Tell whether the kernel takes it."""
-        if self.scales is None or self.biases is None:
-            return runs_native(self.numbers) and self.numbers.is_contiguous()
-        alike = self.scales.dtype == self.biases.dtype and self.group == GROUP and self.bits in _KINDS_OF_BITS
-        dense = all(part.is_contiguous() for part in (self.numbers, self.scales, self.biases))
-        return runs_native(self.scales, self.biases) and alike and dense
-
-    def _described(self) -> list[Tensor | int]:
-        if self.scales is None or self.biases is None:
-            return [_KINDS[self.numbers.dtype], 0, self.numbers, 0, 0]
-        is_bf16 = self.scales.dtype == torch.bfloat16
-        return [_KINDS_OF_BITS[self.bits], is_bf16, self.numbers, self.scales, self.biases]
+from openelm.kernels.native import call
+from openelm.kernels.packed import PackedMatrix
 
 
 class Block(NamedTuple):
@@ -49,16 +22,17 @@ class Block(NamedTuple):
     q_norm: Tensor
     k_norm: Tensor
     ffn_norm: Tensor
-    qkv: Weight
-    out: Weight
-    gate_up: Weight
-    down: Weight
+    qkv: PackedMatrix
+    out: PackedMatrix
+    gate: PackedMatrix
+    up: PackedMatrix
+    down: PackedMatrix
     keys: Tensor
     values: Tensor
 
 
 class DecodeKernel:
-    """A model and its cache as the C++ kernel reads them; both must stay where they are in memory.
+    """A model and its cache as the C++ kernel reads them; the cache must stay where it is in memory.
 
     Args:
         norm: scale of the final norm (D,); all norm scales are copied to fp32.
@@ -70,26 +44,29 @@ class DecodeKernel:
         self,
         blocks: Sequence[Block],
         norm: Tensor,
-        embedding: Weight,
-        head: Weight,
+        embedding: PackedMatrix,
+        head: PackedMatrix,
         cos: Tensor,
         sin: Tensor,
         eps: float,
     ) -> None:
         self._eps = eps
-        self._vocabulary = len(head.numbers)
+        self._vocabulary = head.layout.rows
         length, head_dim = blocks[0].keys.shape[2:]
-        self._held: list[Tensor] = []  # the addresses in the description are theirs
-        widths = [len(blocks), len(norm), head_dim, self._vocabulary, length]
-        entries: list[Tensor | int] = [*widths, blocks[0].keys.dtype == torch.bfloat16, norm.float()]
-        entries += [cos.contiguous(), sin.contiguous(), *embedding._described(), *head._described()]
+        widths = [len(blocks), len(norm), head_dim, length, blocks[0].keys.dtype == torch.bfloat16]
+        entries: list[Tensor | PackedMatrix | int] = [*widths, norm.float(), cos.contiguous(), sin.contiguous()]
+        entries += [embedding, head]
         for block in blocks:
             entries += block[:3]
             entries += (scale.float().contiguous() for scale in block[3:7])
-            entries += (entry for weight in block[7:11] for entry in weight._described())
-            entries += block[11:]
-        self._held = [entry for entry in entries if isinstance(entry, Tensor)]
-        numbers = [entry.data_ptr() if isinstance(entry, Tensor) else int(entry) for entry in entries]
+            entries += block[7:]
+        self._held = [entry for entry in entries if not isinstance(entry, int)]  # the description has their addresses
+        numbers = list[int]()
+        for entry in entries:
+            if isinstance(entry, PackedMatrix):
+                numbers += entry.description.tolist()
+            else:
+                numbers.append(entry.data_ptr() if isinstance(entry, Tensor) else int(entry))
         self._description = torch.tensor(numbers, dtype=torch.int64)
 
     def step(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:

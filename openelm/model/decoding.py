@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
-from openelm.kernels.decode import Block, DecodeKernel, Weight
+from openelm.kernels.decode import Block, DecodeKernel
+from openelm.kernels.packed import PackedMatrix
 from openelm.model.cache import KeyValueCache
-from openelm.model.quantized import QuantizedMatrix
+from openelm.model.packed import is_packed, packed
 from openelm.model.transformer import Layer, OpenELM
 
 _TOKENS_AT_ONCE = 64
@@ -22,10 +23,11 @@ _TOKENS_AT_ONCE = 64
 class Decoder:
     """A model and its cache: reads prompts, then a token of each of several sequences at a time.
 
-    On CPUs for which C++ kernels are built a token's logits do not depend on the other sequences, to the bit. The
-    weights must stay where they are in memory.
+    On CPUs for which C++ kernels are built a token's logits do not depend on the other sequences, to the bit; they read
+    a packed copy of the weights, which takes as much memory again.
 
     Args:
+        model: may be packed already (`model.packed.load_packed`); the copy is not made then.
         slots: sequences that have room side by side.
         length: tokens that fit in a slot.
 
@@ -40,10 +42,10 @@ class Decoder:
                 fix="use fewer tokens",
             )
         scale = model.transformer.norm.weight
-        self._model, self.device = model, scale.device
+        self._model, self.device = model if is_packed(model) else packed(model) or model, scale.device
         self._cache = KeyValueCache(model.config.plan, slots, length, dtype=scale.dtype, device=scale.device)
         self._rows = [self._cache.row(slot) for slot in range(slots)]
-        self._kernel = _kernel(model, self._cache)
+        self._kernel = _kernel(self._model, self._cache)
 
     def used(self, slot: int) -> int:
         """Count the tokens that a slot holds."""
@@ -117,22 +119,19 @@ class _Company:
 
 
 def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
-    """Make the C++ kernel of a model, if it takes all of its weights and they are all here."""
-    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):  # shared by several processes
+    """Make the C++ kernel of a model that is packed for it."""
+    if not is_packed(model):
         return None
     layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
     blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
-    embedding, head = _weight(model.transformer.token_embeddings), _weight(model.head)
-    norm = model.transformer.norm
-    known = (weight.is_known() for block in blocks for weight in (block.qkv, block.out, block.gate_up, block.down))
-    if not (embedding.is_known() and head.is_known() and all(known)):
-        return None
+    norm, embedding = model.transformer.norm, _parts(model.transformer.token_embeddings)[0]
     cos, sin = model.rotary.at(0, cache.length, norm.weight.device)
-    return DecodeKernel(blocks, norm.weight.detach(), embedding, head, cos, sin, norm.eps)
+    return DecodeKernel(blocks, norm.weight.detach(), embedding, _parts(model.head)[0], cos, sin, norm.eps)
 
 
 def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
     attn, ffn = layer.attn, layer.ffn
+    (qkv,), (out,), (gate, up), (down,) = map(_parts, (attn.qkv_proj, attn.out_proj, ffn.proj_1, ffn.proj_2))
     return Block(
         query_heads=attn.query_heads,
         kv_heads=attn.kv_heads,
@@ -141,17 +140,16 @@ def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
         q_norm=attn.q_norm.weight.detach(),
         k_norm=attn.k_norm.weight.detach(),
         ffn_norm=layer.ffn_norm.weight.detach(),
-        qkv=_weight(attn.qkv_proj),
-        out=_weight(attn.out_proj),
-        gate_up=_weight(ffn.proj_1),
-        down=_weight(ffn.proj_2),
+        qkv=qkv,
+        out=out,
+        gate=gate,
+        up=up,
+        down=down,
         keys=cache.keys[attn.layer],
         values=cache.values[attn.layer],
     )
 
 
-def _weight(module: Any) -> Weight:
-    if isinstance(module, QuantizedMatrix):
-        kind = module.quantization
-        return Weight(module.weight, module.scales, module.biases, kind.bits, kind.group_size)
-    return Weight(module.weight.detach())
+def _parts(module: Any) -> list[PackedMatrix]:
+    parts: list[PackedMatrix] = module.parts
+    return parts

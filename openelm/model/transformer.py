@@ -30,7 +30,7 @@ from openelm.kernels.swiglu import swiglu
 from openelm.model.cache import Attends, KeyValueCache
 from openelm.model.compiled import compiled, keep_products, widths_may_vary
 from openelm.model.config import ModelConfig
-from openelm.model.quantized import Quantization, QuantizedMatrix
+from openelm.model.quantized import Quantization
 from openelm.model.rotary import RotaryTable
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -330,7 +330,8 @@ class OpenELM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply states (..., D) by the output matrix; returns (..., V)."""
         head = self.head
-        return head.product(hidden) if isinstance(head, QuantizedMatrix) else linear(hidden, head.weight)
+        product: Callable[[Tensor], Tensor] | None = getattr(head, "product", None)  # of quantised and packed matrices
+        return linear(hidden, head.weight) if product is None else product(hidden)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:

@@ -10,25 +10,28 @@ import torch
 from torch import Tensor
 
 from openelm.kernels import native
-from openelm.kernels.decode import GROUP, Block, DecodeKernel, Weight
+from openelm.kernels.decode import Block, DecodeKernel
+from openelm.kernels.packed import Layout, PackedMatrix
 from openelm.kernels.rotary import qk_norm_rope
 
 pytestmark = pytest.mark.skipif(native.kernels_name() == "torch", reason="no C++ kernels were built for this CPU")
 
-EPS, VOCABULARY = 1e-6, 301
+EPS, VOCABULARY, GROUP = 1e-6, 301, 64
 WIDTHS = ((2, 1, 96), (6, 2, 160), (5, 5, 200))  # query heads, KV heads and feed-forward width of each layer
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 """Of the largest logit. The bf16 units of a CPU round what they multiply, without them nothing is rounded."""
+OF_WHOLE_NUMBERS = 5e-4
+"""The same where weights are quantised: inputs are rounded to 16 bits."""
 
 
 class Case(NamedTuple):
     blocks: list[Block]
     norm: Tensor
-    embedding: Weight
-    head: Weight
+    embedding: PackedMatrix
+    head: PackedMatrix
     cos: Tensor
     sin: Tensor
-    plain: Callable[[Weight], Tensor]
+    plain: Callable[[PackedMatrix], Tensor]
     """The numbers that a weight stands for."""
 
     def kernel(self) -> DecodeKernel:
@@ -48,18 +51,20 @@ def made(
     generator = torch.Generator().manual_seed(dim + head_dim + bits)
     drawn: dict[int, Tensor] = {}
 
-    def weight(rows: int, columns: int) -> Weight:
+    def weight(rows: int, columns: int) -> PackedMatrix:
         if not bits:
-            found = Weight((torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype))
-            drawn[id(found.numbers)] = found.numbers.float()
+            plain = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+            found = PackedMatrix(Layout(rows, columns, dtype), plain)
+            drawn[id(found)] = plain.float()
             return found
         numbers = torch.randint(0, 2**bits, (rows, columns), generator=generator)
         scales = (torch.rand(rows, columns // GROUP, generator=generator) / 2**bits / columns**0.5).to(dtype) * 4
         biases = scales * torch.randint(-(2**bits), 0, scales.shape, generator=generator)
         packed = numbers if bits == 8 else numbers[:, ::2] + 16 * numbers[:, 1::2]
         grouped = numbers.view(rows, -1, GROUP) * scales.float()[..., None] + biases.float()[..., None]
-        found = Weight(packed.to(torch.uint8).view(torch.uint32), scales, biases, bits)
-        drawn[id(found.numbers)] = grouped.view(rows, columns)
+        words = packed.to(torch.uint8).view(torch.uint32)
+        found = PackedMatrix(Layout(rows, columns, dtype, bits, GROUP), words, scales, biases)
+        drawn[id(found)] = grouped.view(rows, columns)
         return found
 
     def norm(width: int) -> Tensor:
@@ -79,16 +84,15 @@ def made(
                 norm(dim),
                 weight((query_heads + 2 * kv_heads) * head_dim, dim),
                 weight(dim, query_heads * head_dim),
-                weight(2 * ffn_dim, dim),
+                weight(ffn_dim, dim),
+                weight(ffn_dim, dim),
                 weight(dim, ffn_dim),
                 *cache,
             )
         )
     angles = torch.outer(torch.arange(length), 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim))
     embedding, head = weight(VOCABULARY, dim), weight(VOCABULARY, dim)
-    return Case(
-        blocks, norm(dim), embedding, head, angles.cos(), angles.sin(), lambda weight: drawn[id(weight.numbers)]
-    )
+    return Case(blocks, norm(dim), embedding, head, angles.cos(), angles.sin(), lambda weight: drawn[id(weight)])
 
 
 def normalised(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def expected(case: Case, ids: Tensor) -> Tensor:
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1).float()
         x = x + attended @ case.plain(block.out).T
-        gate, up = (normalised(x, block.ffn_norm) @ case.plain(block.gate_up).T).chunk(2, -1)
+        gate, up = (normalised(x, block.ffn_norm) @ case.plain(half).T for half in (block.gate, block.up))
         x = x + (torch.nn.functional.silu(gate) * up) @ case.plain(block.down).T
     return normalised(x, case.norm) @ case.plain(case.head).T
 
@@ -124,8 +128,8 @@ def stepped(case: Case, ids: Tensor, slots: list[int]) -> Tensor:
     return torch.stack([kernel.step(row.tolist(), slots, [place] * len(slots)) for place, row in enumerate(ids)])
 
 
-def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    assert (found - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,7 +140,7 @@ def test_a_step_is_the_formulas(dim: int, head_dim: int, dtype: torch.dtype) -> 
     ids = some_ids(300, 3)
     found = stepped(case, ids, [2, 0, 3])
     for row in range(3):
-        assert_close(found[:, row], expected(case, ids[:, row]), dtype)
+        assert_close(found[:, row], expected(case, ids[:, row]), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -147,13 +151,7 @@ def test_quantised_weights_are_the_numbers_they_stand_for(bits: int, scales: tor
     ids = some_ids(40, 2)
     found = stepped(case, ids, [0, 1])
     for row in range(2):
-        assert_close(found[:, row], expected(case, ids[:, row]), torch.bfloat16)
-
-
-def test_long_rows_of_few_bits_have_more_scales_than_are_widened_at_a_time() -> None:
-    case = made(4096 + 128, 64, bits=4, widths=((1, 1, 64),))
-    ids = some_ids(2, 1)
-    assert_close(stepped(case, ids, [0])[:, 0], expected(case, ids[:, 0]), torch.bfloat16)
+        assert_close(found[:, row], expected(case, ids[:, row]), OF_WHOLE_NUMBERS)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
@@ -181,14 +179,3 @@ def test_several_tokens_of_one_slot_are_as_one_after_the_other() -> None:
         part = ids[start : start + 7, 0].tolist()
         at_once.append(kernel.step(part, [3] * len(part), list(range(start, start + len(part)))))
     assert torch.equal(torch.cat(at_once), one_by_one)
-
-
-def test_only_known_weights_are_taken() -> None:
-    words, scales = torch.zeros(4, 8, dtype=torch.uint32), torch.zeros(4, 1)
-    assert Weight(words, scales, scales, 4).is_known()
-    assert not Weight(words, scales, scales, 2).is_known()
-    assert not Weight(words, scales, scales.bfloat16(), 4).is_known()
-    of_32 = torch.zeros(4, 2)
-    assert not Weight(words, of_32, of_32, 4, 32).is_known()
-    assert not Weight(torch.zeros(4, 8, dtype=torch.float16)).is_known()
-    assert not Weight(torch.zeros(8, 4).T).is_known()

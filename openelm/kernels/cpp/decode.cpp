@@ -2,8 +2,8 @@
 //
 // Sums and the residual stream are fp32. Every element is computed in an order that does not depend on the other
 // sequences or on the number of threads.
-#include "few_rows.h"
 #include "heads.h"
+#include "packed.h"
 #include "team.h"
 
 namespace openelm {
@@ -15,13 +15,13 @@ constexpr long TOGETHER = 4; // query heads and keys whose products are taken at
 struct Block {
     long query_heads, kv_heads, ffn_dim;
     const float *attn_norm, *q_norm, *k_norm, *ffn_norm;
-    Weight qkv, out, gate_up, down;
+    Weight qkv, out, gate, up, down;
     void *keys, *values;  // (slots, kv_heads, positions, head_dim)
     long heads() const { return query_heads + 2 * kv_heads; }
 };
 
 struct Model {
-    long layers, dim, head_dim, vocabulary, length, cache_is_bf16;  // length: positions that fit in a slot
+    long layers, dim, head_dim, length, cache_is_bf16;  // length: positions that fit in a slot
     const float *norm, *cos, *sin;
     Weight embedding, head;
     Block blocks[];
@@ -45,35 +45,17 @@ struct State {
     }
 };
 
-static thread_local Scratch shared, own_values, own_numbers, own_sums;
+static thread_local Scratch shared, own_values, own_numbers, own_factors;
 
-static long padded(long count) { return (count + STEP - 1) / STEP * STEP; }
-
-// Rows of inputs, as this thread wants them for the next product; row(i, to) writes row i.
-template <class Kind, class Row> static Inputs<typename Kind::Input> placed(long count, long columns, Row row) {
-    using Input = typename Kind::Input;
-    long stride = padded(columns);
-    float* values = own_values.floats(stride);
-    Inputs<Input> inputs{
-        (Input*)own_numbers.floats(count * stride), own_sums.floats(count * stride / STEP), stride
-    };
+// Rows of inputs, as this thread wants them for a product with a weight; row(i, to) writes row i.
+template <class K, class Row> static Inputs<typename K::Input> placed(const Weight& weight, long count, Row row) {
+    float* values = own_values.floats(weight.columns);
+    Rows<K> rows(own_numbers, own_factors, weight, count);
     for (long i = 0; i < count; i++) {
         row(i, values);
-        for (long k = 0; k < columns; k += STEP)
-            inputs.sums[(i * stride + k) / STEP] =
-                place<Kind>(values + k, std::min(STEP, columns - k), inputs.numbers + i * stride + k);
+        rows.put(i, values);
     }
-    return inputs;
-}
-
-struct Share {
-    long first, last;
-};
-
-// A thread's share of `rows` rows: neighbours, in whole tiles.
-static Share share(long rows) {
-    long tiles = (rows + TILE - 1) / TILE, threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    return {std::min(rows, tiles * thread / threads * TILE), std::min(rows, tiles * (thread + 1) / threads * TILE)};
+    return rows.all();
 }
 
 static void normalise(const float* x, const float* weight, long dim, float eps, float* to) {
@@ -235,42 +217,46 @@ static void gather(const Model& model, const Block& block, const Tokens& tokens,
 }
 
 // A product of this thread's share of a weight: out[token][row], replaced or added to.
-template <class Row>
-static void project(const Weight& weight, long rows, long columns, long count, Row row, float* out, long out_row, bool add) {
+template <class Row> static void project(const Weight& weight, long count, Row row, Output<float> out) {
     by_kind(weight, [&](auto kind) {
         using K = decltype(kind);
-        auto inputs = placed<K>(count, columns, row);
-        auto [first, last] = share(rows);
-        multiply_rows<K>(weight, first, last, columns, inputs, count, out, out_row, add);
+        auto inputs = placed<K>(weight, count, row);
+        auto [first, last] = my_tiles(weight);
+        multiply<K>(weight, first, last, count, inputs, out);
     });
 }
 
 // Gate and up of this thread's share of the columns, then their product in the place of gate.
 static void project_gated(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
-    by_kind(block.gate_up, [&](auto kind) {
+    by_kind(block.gate, [&](auto kind) {
         using K = decltype(kind);
-        auto inputs = placed<K>(tokens.count, model.dim, [&](long i, float* to) {
+        auto inputs = placed<K>(block.gate, tokens.count, [&](long i, float* to) {
             normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
         });
-        auto [first, last] = share(block.ffn_dim);
-        long ups = block.ffn_dim;
-        multiply_rows<K>(
-            block.gate_up, first, last, model.dim, inputs, tokens.count, state.wide, state.wide_row, false
-        );
-        multiply_rows<K>(
-            block.gate_up, ups + first, ups + last, model.dim, inputs, tokens.count, state.wide, state.wide_row, false
-        );
+        auto [first, last] = my_tiles(block.gate);
+        Output<float> gates{state.wide, state.wide_row}, ups{state.wide + block.ffn_dim, state.wide_row};
+        multiply<K>(block.gate, first, last, tokens.count, inputs, gates);
+        multiply<K>(block.up, first, last, tokens.count, inputs, ups);
+        long start = first * TILE, end = std::min(block.ffn_dim, last * TILE);
         for (long i = 0; i < tokens.count; i++) {
-            float* to = state.wide + i * state.wide_row + first;
-            gate(to, to + ups, last - first);
+            float* to = state.wide + i * state.wide_row;
+            if (end > start) gate(to + start, to + block.ffn_dim + start, end - start);
         }
     });
 }
 
 static void embed(const Model& model, const Tokens& tokens, float* x) {
     for_my_share(tokens.count, [&](long i) {
-        float* to = x + i * model.dim;
-        by_kind(model.embedding, [&](auto kind) { read_row<decltype(kind)>(model.embedding, tokens.ids[i], model.dim, to); });
+        by_kind(model.embedding, [&](auto kind) {
+            read_row<decltype(kind)>(model.embedding, tokens.ids[i], x + i * model.dim);
+        });
+    });
+}
+
+// Asks for the first bytes of this thread's share of a weight, which the product would ask for too late.
+static void ask_for_start(const Weight& weight) {
+    by_kind(weight, [&](auto kind) {
+        ask_for(weight.tiles + my_tiles(weight).first * tile_bytes<decltype(kind)>(weight), AHEAD);
     });
 }
 
@@ -278,41 +264,38 @@ template <class T>
 static void compute(
     const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
 ) {
-    auto wait_before = [&](const Weight& next, long rows, long columns) {
-        by_kind(next, [&](auto kind) { ask_for<decltype(kind)>(next, share(rows).first, columns); });
+    auto wait_before = [&](const Weight& next) {
+        ask_for_start(next);
         barrier.wait(omp_get_num_threads());
     };
     auto wait_before_layer = [&](long layer) {
-        if (layer == model.layers) return wait_before(model.head, model.vocabulary, model.dim);
-        const Block& block = model.blocks[layer];
-        wait_before(block.qkv, block.heads() * model.head_dim, model.dim);
+        wait_before(layer == model.layers ? model.head : model.blocks[layer].qkv);
     };
     embed(model, tokens, state.x);
     wait_before_layer(0);
     long dim = model.dim, count = tokens.count;
+    Output<float> stream{state.x, dim, true}, wide{state.wide, state.wide_row};
     for (long layer = 0; layer < model.layers; layer++) {
         const Block& block = model.blocks[layer];
-        long heads = block.heads() * model.head_dim, queries = block.query_heads * model.head_dim;
         auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
-        project(block.qkv, heads, dim, count, normalised, state.wide, state.wide_row, false);
+        project(block.qkv, count, normalised, wide);
         barrier.wait(omp_get_num_threads());
         place_heads<T>(model, block, tokens, state, eps);
         barrier.wait(omp_get_num_threads());
         attend<T>(model, block, tokens, state);
-        wait_before(block.out, dim, queries);
-        auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
-        project(block.out, dim, queries, count, attended, state.x, dim, true);
-        wait_before(block.gate_up, block.ffn_dim, dim);
+        wait_before(block.out);
+        project(block.out, count, [&](long i, float* to) { gather(model, block, tokens, state, i, to); }, stream);
+        wait_before(block.gate);
         project_gated(model, block, tokens, state, eps);
-        wait_before(block.down, dim, block.ffn_dim);
+        wait_before(block.down);
         auto gated = [&](long i, float* to) {
             std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
         };
-        project(block.down, dim, block.ffn_dim, count, gated, state.x, dim, true);
+        project(block.down, count, gated, stream);
         wait_before_layer(layer + 1);
     }
     auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
-    project(model.head, model.vocabulary, dim, count, normalised, logits, model.vocabulary, false);
+    project(model.head, count, normalised, {logits, model.head.rows});
 }
 
 }  // namespace openelm
@@ -334,7 +317,8 @@ extern "C" void openelm_decode(
         most_heads = std::max(most_heads, block.query_heads);
     }
     for (long i = 0; i < count; i++) state.chunks = std::max(state.chunks, tokens.chunks(i));
-    long stream = padded(count * model.dim), wide = padded(count * state.wide_row);
+    auto whole_lines = [](long floats) { return (floats + 15) / 16 * 16; };
+    long stream = whole_lines(count * model.dim), wide = whole_lines(count * state.wide_row);
     state.x = shared.floats(stream + wide + count * most_heads * state.chunks * (model.head_dim + 2));
     state.wide = state.x + stream;
     state.attended = state.wide + wide;

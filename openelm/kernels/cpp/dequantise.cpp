@@ -1,7 +1,25 @@
 // Matrices of few bits as the numbers that they stand for: openelm/kernels/quantized.py.
-#include "few_rows.h"
+#include "vector.h"
 
 namespace openelm {
+
+// The next WIDTH whole numbers of so many bits.
+template <long bits> static inline vec whole_numbers(const uint8_t* p) {
+    uvec numbers;
+    if constexpr (bits == 8) {
+        typedef uint8_t bytes_of __attribute__((vector_size(WIDTH), aligned(1)));
+        numbers = __builtin_convertvector(*(const bytes_of*)p, uvec);
+    } else {
+        uvec words, shifts;
+        for (long i = 0; i < WIDTH; i++) {
+            uint32_t word;
+            std::memcpy(&word, p + i / 8 * 4, 4);
+            words[i] = word, shifts[i] = i % 8 * 4;
+        }
+        numbers = (words >> shifts) & 15;
+    }
+    return __builtin_convertvector((ivec)numbers, vec);
+}
 
 template <long bits, class S>
 static void dequantise(

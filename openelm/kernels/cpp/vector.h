@@ -14,6 +14,7 @@
 #endif
 #include <omp.h>
 #include <type_traits>
+#include <utility>
 
 namespace openelm {
 
@@ -32,6 +33,7 @@ typedef float vec_unaligned __attribute__((vector_size(WIDTH * 4), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
+typedef uint32_t uvec_unaligned __attribute__((vector_size(WIDTH * 4), aligned(4)));
 typedef uint16_t halves_unaligned __attribute__((vector_size(WIDTH * 2), aligned(2)));
 
 struct bf16 {
@@ -54,6 +56,8 @@ inline uvec rounded_bits(vec x) {
     uvec up = bits + 0x7fff + ((bits >> 16) & 1);
     return x == x ? up : uvec{} + 0x7fc00000;
 }
+
+inline bf16 narrowed(float x) { return {uint16_t(rounded_bits(splat(x))[0] >> 16)}; }
 
 inline vec load(const float* p) { return *(const vec_unaligned*)p; }
 inline vec load(const bf16* p) {  // of two halves the compiler would make whole words one by one
@@ -126,6 +130,30 @@ inline float sum(vec x) {
         for (long i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
 }
+
+// Each block of `span` lanes of a and b holds one sum in parts: its halves are added, a's in front of b's.
+template <long span, std::size_t... lanes> inline vec halves_added(vec a, vec b, std::index_sequence<lanes...>) {
+    constexpr long half = span / 2;
+    constexpr auto from = [](long lane, long offset) {
+        long start = lane / span * span, inside = lane % span;
+        return start + (inside < half ? inside : WIDTH + inside - half) + offset;
+    };
+    return __builtin_shufflevector(a, b, from(lanes, 0)...) + __builtin_shufflevector(a, b, from(lanes, half)...);
+}
+
+// The sums of up to WIDTH vectors, each as `sum` takes it: that of vector i is in out[i · WIDTH / count].
+template <long count, long span = WIDTH> inline void sums(vec* vectors, float* out) {
+    constexpr auto lanes = std::make_index_sequence<WIDTH>();
+    if constexpr (span == 1) {
+        static_assert(count == 1);
+        store(out, vectors[0]);
+    } else {
+        constexpr long fewer = std::max(1L, count / 2);
+        for (long i = 0; i < fewer; i++) vectors[i] = halves_added<span>(vectors[i], vectors[i + count / 2], lanes);
+        sums<fewer, span / 2>(vectors, out);
+    }
+}
+
 inline float largest(vec x) {
     float best = x[0];
     for (long i = 1; i < WIDTH; i++) best = std::max(best, x[i]);

@@ -1,0 +1,373 @@
+// Products of rows of numbers with a matrix that lies in memory in the order in which it is read: generation is made of
+// them, of one row at a time for a text and of many for its prompt.
+//
+// TILE rows of the matrix are one line of memory, in which the next column or two of all of them follow one another
+// (kernels/packed.py has the layout). An element is summed up column after column: its bits are the same in any company
+// of rows, for any number of threads.
+#pragma once
+
+#include "vector.h"
+#include <cfloat>
+
+namespace openelm {
+
+constexpr long VECTORS = 2;  // of rows in a tile: two sums for one row of inputs, which hide each other's latency
+constexpr long TILE = VECTORS * WIDTH;
+#if defined(__AVX512F__)
+constexpr long TILES = 2, INPUTS = 6;  // tiles and rows of inputs at a time: their sums stay in registers
+#else
+constexpr long TILES = 1, INPUTS = 4;
+#endif
+constexpr long AHEAD = 4096;  // bytes from what is read to what memory is asked for
+
+enum Kind : long { FLOAT32, BFLOAT16, EIGHT_BITS, FOUR_BITS };
+
+// As kernels/packed.py describes a matrix. Of few bits w = scale · q + bias, by groups of a row.
+struct Weight {
+    long kind, scales_are_bf16, group, rows, columns;
+    const uint8_t* tiles;
+    long count() const { return (rows + TILE - 1) / TILE; }
+};
+
+// Rows of inputs. Whole numbers stand for numbers of a row in groups: `factors` has two floats for each, the size of
+// one, and the sum of all.
+template <class T> struct Inputs {
+    const T* numbers;
+    long stride;
+    const float* factors = nullptr;
+    long factors_stride = 0;
+    Inputs from(long row) const { return {numbers + row * stride, stride, factors + row * factors_stride, factors_stride}; }
+};
+
+// Where results go: rows of `stride` numbers, replaced or added to.
+template <class T> struct Output {
+    T* numbers;
+    long stride;
+    bool add = false;
+    Output from(long row) const { return {numbers + row * stride, stride, add}; }
+};
+
+// Numbers as they are. `part`: what a vector of rows is multiplied with at a time, `columns` of them.
+template <class T> struct Plain;
+
+template <> struct Plain<float> {
+    using Input = float;
+    using Part = vec;
+    static constexpr long columns = 1;
+    static inline vec read(const uint8_t* p) { return load((const float*)p); }
+    static inline vec spread(const float* x) { return splat(*x); }
+    static inline vec add(vec total, vec part, vec x) { return total + part * x; }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct Plain<bf16> {  // the units add up pairs in fp32
+    using Input = bf16;
+    using Part = __m512bh;
+    static constexpr long columns = 2;
+    static inline Part read(const uint8_t* p) { return (Part)_mm512_loadu_si512(p); }
+    static inline Part spread(const bf16* x) {
+        int pair;
+        std::memcpy(&pair, x, sizeof pair);
+        return (Part)_mm512_set1_epi32(pair);
+    }
+    static inline vec add(vec total, Part part, Part x) { return (vec)_mm512_dpbf16_ps((__m512)total, part, x); }
+};
+#else
+template <> struct Plain<bf16> {
+    using Input = float;
+    struct Part {
+        vec first, second;
+    };
+    static constexpr long columns = 2;
+    static inline Part read(const uint8_t* p) {
+        uvec pairs = *(const uvec_unaligned*)p;
+        return {(vec)(pairs << 16), (vec)(pairs & 0xffff0000)};
+    }
+    static inline Part spread(const float* x) { return {splat(x[0]), splat(x[1])}; }
+    static inline vec add(vec total, Part part, Part x) { return total + part.first * x.first + part.second * x.second; }
+};
+#endif
+
+// Pairs of 16-bit whole numbers: of WIDTH rows, or one pair WIDTH times.
+#if defined(__AVX512F__)
+typedef __m512i pairs;
+inline pairs pairs_of_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+inline pairs low_four(pairs x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
+inline pairs high_four(pairs x) { return _mm512_srli_epi16(x, 4); }
+inline ivec add_products(ivec total, pairs a, pairs b) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpwssd_epi32((__m512i)total, a, b);
+#else
+    return total + (ivec)_mm512_madd_epi16(a, b);
+#endif
+}
+#else
+typedef __m256i pairs;
+inline pairs pairs_of_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline pairs low_four(pairs x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
+inline pairs high_four(pairs x) { return _mm256_srli_epi16(x, 4); }
+inline ivec add_products(ivec total, pairs a, pairs b) { return total + (ivec)_mm256_madd_epi16(a, b); }
+#endif
+inline pairs spread_pair(const int16_t* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (pairs)(ivec{} + pair);
+}
+
+// Whole numbers of few bits. Inputs are whole numbers of 16 bits too, so that the sums of a group are exact; bf16 inputs
+// would be rounded 128 times as coarsely as the largest of a group is.
+template <class S, long bits_of_number> struct Grouped {
+    using Input = int16_t;
+    using Scale = S;
+    static constexpr long bits = bits_of_number;
+    static constexpr long numbers = 16 / bits;  // columns of a step: of 4 bits another pair lies half a group further on
+    static constexpr long step_bytes = 2 * TILE;
+    static long group_bytes(long group) { return group / numbers * step_bytes + 2 * TILE * sizeof(S); }
+};
+
+template <class T> constexpr bool in_groups = false;
+template <class S, long bits> constexpr bool in_groups<Grouped<S, bits>> = true;
+
+template <class K> long tile_bytes(const Weight& weight) {
+    if constexpr (in_groups<K>)
+        return weight.columns / weight.group * K::group_bytes(weight.group);
+    else
+        return (weight.columns + K::columns - 1) / K::columns * TILE * 4;
+}
+
+inline void ask_for(const uint8_t* p, long bytes) {
+#pragma GCC unroll 4
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+// Sums of `tiles` tiles, `distance` bytes apart, for rows of inputs; `ask` is what memory is asked for meanwhile, or null.
+template <class K, long tiles, long inputs>
+inline void add_up(
+    const Weight& weight, const uint8_t* at, long distance, Inputs<typename K::Input> x, const uint8_t* ask,
+    vec (&total)[tiles * VECTORS][inputs]
+) {
+    constexpr long rows = tiles * VECTORS;
+    if constexpr (in_groups<K>) {
+        using S = typename K::Scale;
+        long steps = weight.group / K::numbers, half = weight.group / 2, groups = weight.columns / weight.group;
+        for (long g = 0; g < groups; g++) {
+            ivec sums[rows][inputs] = {};
+            const int16_t* numbers = x.numbers + g * weight.group;
+#pragma GCC unroll 4
+            for (long s = 0; s < steps; s++) {
+                pairs part[rows];
+#pragma GCC unroll 8
+                for (long r = 0; r < rows; r++)
+                    part[r] = pairs_of_bytes(at + r / VECTORS * distance + s * K::step_bytes + r % VECTORS * 2 * WIDTH);
+                if (ask) ask_for(ask + s * K::step_bytes, K::step_bytes);
+#pragma GCC unroll 8
+                for (long i = 0; i < inputs; i++) {
+                    const int16_t* pair = numbers + i * x.stride + 2 * s;
+                    if constexpr (K::bits == 8) {
+                        pairs input = spread_pair(pair);
+#pragma GCC unroll 8
+                        for (long r = 0; r < rows; r++) sums[r][i] = add_products(sums[r][i], part[r], input);
+                    } else {
+                        pairs first = spread_pair(pair), second = spread_pair(pair + half);
+#pragma GCC unroll 8
+                        for (long r = 0; r < rows; r++) {
+                            sums[r][i] = add_products(sums[r][i], low_four(part[r]), first);
+                            sums[r][i] = add_products(sums[r][i], high_four(part[r]), second);
+                        }
+                    }
+                }
+            }
+            at += steps * K::step_bytes;
+            if (ask) ask_for(ask + steps * K::step_bytes, 2 * TILE * sizeof(S));
+#pragma GCC unroll 8
+            for (long r = 0; r < rows; r++) {
+                auto* scales = (const S*)(at + r / VECTORS * distance) + r % VECTORS * WIDTH;
+                vec scale = load(scales), bias = load(scales + TILE);
+#pragma GCC unroll 8
+                for (long i = 0; i < inputs; i++) {
+                    const float* factors = x.factors + i * x.factors_stride + 2 * g;
+                    vec sum = __builtin_convertvector(sums[r][i], vec) * factors[0];
+                    total[r][i] = total[r][i] + sum * scale + bias * factors[1];
+                }
+            }
+            at += 2 * TILE * sizeof(S);
+            if (ask) ask += K::group_bytes(weight.group);
+        }
+    } else {
+        constexpr long step_bytes = TILE * 4;
+        long steps = (weight.columns + K::columns - 1) / K::columns;
+        for (long s = 0; s < steps; s++) {
+            typename K::Part part[rows];
+#pragma GCC unroll 8
+            for (long r = 0; r < rows; r++)
+                part[r] = K::read(at + r / VECTORS * distance + s * step_bytes + r % VECTORS * WIDTH * 4);
+            if (ask) ask_for(ask + s * step_bytes, step_bytes);
+#pragma GCC unroll 8
+            for (long i = 0; i < inputs; i++) {
+                auto input = K::spread(x.numbers + i * x.stride + s * K::columns);
+#pragma GCC unroll 8
+                for (long r = 0; r < rows; r++) total[r][i] = K::add(total[r][i], part[r], input);
+            }
+        }
+    }
+}
+
+// Rows of `tiles` tiles from `tile` on, times `inputs` rows of inputs.
+template <class K, long tiles, long inputs, class T>
+void multiply_tiles(const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, const uint8_t* ask) {
+    vec total[tiles * VECTORS][inputs] = {};
+    long distance = tile_bytes<K>(weight);
+    add_up<K, tiles, inputs>(weight, weight.tiles + tile * distance, distance, x, ask, total);
+    for (long r = 0; r < tiles * VECTORS; r++) {
+        long row = tile * TILE + r * WIDTH, n = std::min(WIDTH, weight.rows - row);
+        if (n <= 0) return;
+        for (long i = 0; i < inputs; i++) {
+            T* to = out.numbers + i * out.stride + row;
+            store_some(to, out.add ? total[r][i] + load_some(to, n) : total[r][i], n);
+        }
+    }
+}
+
+template <class K, long tiles, class T, long most = INPUTS>
+void multiply_some(
+    long count, const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, const uint8_t* ask
+) {
+    if constexpr (most > 1)
+        if (count < most) return multiply_some<K, tiles, T, most - 1>(count, weight, tile, x, out, ask);
+    multiply_tiles<K, tiles, most>(weight, tile, x, out, ask);
+}
+
+// Tiles first … last - 1 of a weight times `count` rows of inputs.
+//
+// Few inputs take one tile after the other, and ask for memory a little ahead of it. Many take TILES at a time, which come
+// from the caches but for the first time, and ask for the next ones meanwhile.
+template <class K, class T>
+void multiply(const Weight& weight, long first, long last, long count, Inputs<typename K::Input> x, Output<T> out) {
+    long bytes = tile_bytes<K>(weight);
+    if (count <= INPUTS) {
+        for (long tile = first; tile < last; tile++)
+            multiply_some<K, 1>(count, weight, tile, x, out, weight.tiles + tile * bytes + AHEAD);
+        return;
+    }
+    for (long tile = first; tile < last; tile += TILES)
+        for (long i = 0, pass = 0; i < count; i += INPUTS, pass++) {
+            const uint8_t* ask = pass < TILES ? weight.tiles + (tile + TILES + pass) * bytes : nullptr;
+            long together = std::min(INPUTS, count - i);
+            if (TILES > 1 && last - tile < TILES)
+                multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), ask);
+            else
+                multiply_some<K, TILES>(together, weight, tile, x.from(i), out.from(i), ask);
+        }
+}
+
+// Puts a row of inputs where `multiply` wants it: `columns` numbers and a zero where they are odd.
+template <class T> inline void place(const float* x, long columns, T* to) {
+    by_vectors(columns, [=](long i, long n) { store_some(to + i, load_some(x + i, n), n); });
+    if (columns % 2) to[columns] = T{};
+}
+
+// The same for a group of whole numbers: the largest becomes ±32767. What is not finite makes the group NaN.
+inline void place_group(const float* x, long columns, int16_t* to, float* factors) {
+    vec most = {}, total = {};
+    for (long i = 0; i < columns; i += WIDTH) {
+        vec size = load(x + i);
+        size = size < 0.f ? -size : size;
+        most = larger(most, size), total += size;
+    }
+    float largest_one = largest(most), inverse = largest_one > 0 ? 32767 / largest_one : 0;
+    const vec shift = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to a whole number, in the lowest bits
+    ivec sums = {};
+    typedef int16_t narrow __attribute__((vector_size(WIDTH * 2), aligned(2)));
+    for (long i = 0; i < columns; i += WIDTH) {
+        ivec numbers = (ivec)(load(x + i) * inverse + shift) - 0x4b400000;
+        sums += numbers;
+        *(narrow*)(to + i) = __builtin_convertvector(numbers, narrow);
+    }
+    int32_t sum = 0;
+    for (long lane = 0; lane < WIDTH; lane++) sum += sums[lane];
+    factors[0] = openelm::sum(total) <= FLT_MAX ? largest_one / 32767 : NAN;
+    factors[1] = factors[0] * sum;
+}
+
+// Memory for rows of inputs as a weight wants them, and rows put there.
+template <class K> class Rows {
+  public:
+    using Input = typename K::Input;
+    Rows(Scratch& numbers, Scratch& factors, const Weight& weight, long count) : weight_(weight) {
+        stride_ = (weight.columns + 31) / 32 * 32;
+        numbers_ = (Input*)numbers.floats(count * stride_);
+        if constexpr (in_groups<K>) factors_ = factors.floats(count * 2 * (weight.columns / weight.group));
+    }
+    void put(long row, const float* x) {
+        Input* to = numbers_ + row * stride_;
+        if constexpr (in_groups<K>) {
+            long group = weight_.group, groups = weight_.columns / group;
+            for (long g = 0; g < groups; g++)
+                place_group(x + g * group, group, to + g * group, factors_ + 2 * (row * groups + g));
+        } else {
+            place(x, weight_.columns, to);
+        }
+    }
+    Inputs<Input> all() const {
+        return {numbers_, stride_, factors_, in_groups<K> ? 2 * (weight_.columns / weight_.group) : 0};
+    }
+
+  private:
+    const Weight& weight_;
+    Input* numbers_;
+    float* factors_ = nullptr;
+    long stride_;
+};
+
+// One row of a weight as numbers.
+template <class K, class T> void read_row(const Weight& weight, long row, T* to) {
+    long lane = row % TILE;
+    const uint8_t* at = weight.tiles + row / TILE * tile_bytes<K>(weight);
+    auto put = [=](long i, float x) {
+        if constexpr (std::is_same_v<T, bf16>)
+            to[i] = narrowed(x);
+        else
+            to[i] = x;
+    };
+    if constexpr (in_groups<K>) {
+        using S = typename K::Scale;
+        long group = weight.group, half = group / 2;
+        for (long start = 0; start < weight.columns; start += group, at += K::group_bytes(group)) {
+            auto* scales = (const S*)(at + group / K::numbers * K::step_bytes);
+            float scale = widen(scales[lane]), bias = widen(scales[TILE + lane]);
+            for (long i = 0; i < group; i++) {
+                long within = K::bits == 8 ? i : i % half;
+                uint8_t byte = at[within / 2 * K::step_bytes + lane * 2 + within % 2];
+                long number = K::bits == 8 ? byte : i < half ? byte & 15 : byte >> 4;
+                put(start + i, number * scale + bias);
+            }
+        }
+    } else {
+        constexpr long size = 4 / K::columns;
+        for (long i = 0; i < weight.columns; i++) {
+            const uint8_t* p = at + (i / K::columns * TILE + lane) * 4 + i % K::columns * size;
+            put(i, size == 4 ? *(const float*)p : widen(*(const bf16*)p));
+        }
+    }
+}
+
+struct Share {
+    long first, last;
+};
+
+// A thread's share of a weight: neighbouring tiles.
+inline Share my_tiles(const Weight& weight) {
+    long threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    return {weight.count() * thread / threads, weight.count() * (thread + 1) / threads};
+}
+
+// Calls with a value of the weight's kind.
+template <class Call> void by_kind(const Weight& weight, Call call) {
+    if (weight.kind == FLOAT32) return call(Plain<float>());
+    if (weight.kind == BFLOAT16) return call(Plain<bf16>());
+    by_dtype(weight.scales_are_bf16, [&](auto scale) {
+        weight.kind == EIGHT_BITS ? call(Grouped<decltype(scale), 8>()) : call(Grouped<decltype(scale), 4>());
+    });
+}
+
+}  // namespace openelm

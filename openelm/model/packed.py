@@ -1,0 +1,136 @@
+"""A model whose matrices lie as the C++ kernels of generation read them, not as they are trained and saved."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openelm.errors import ConfigError
+from openelm.kernels.native import kernels_name
+from openelm.kernels.packed import Layout, PackedMatrix, memory_for
+from openelm.model.folder import load_model, open_model
+from openelm.model.quantized import BIASES, SCALES, WORDS, QuantizedEmbedding, QuantizedLinear
+from openelm.model.transformer import FeedForward, Linear, OpenELM
+from openelm.model.weights import LazyTensor, Weights
+
+
+class PackedModule(nn.Module):
+    """A matrix in one part, or in several of equal size that lie below one another; it neither learns nor is saved."""
+
+    def __init__(self, parts: list[PackedMatrix]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply rows by the matrix: x (..., columns) -> (..., rows)."""
+        if len(self.parts) == 1:
+            return self.parts[0].product(x)
+        layout = self.parts[0].layout
+        out = torch.empty(*x.shape[:-1], layout.rows * len(self.parts), dtype=layout.dtype)
+        for part, place in zip(self.parts, out.split(layout.rows, dim=-1), strict=True):
+            part.product(x, place)
+        return out
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        raise ConfigError(
+            "the matrices of this model are packed for generation and cannot be saved or trained",
+            fix="use what load_model gives",
+        )
+
+
+class PackedLinear(PackedModule):
+    """A projection without bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class PackedEmbedding(PackedModule):
+    """An embedding, which may be the output matrix too: then by `product`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.parts[0].rows(tokens)
+
+
+def is_packed(model: OpenELM) -> bool:
+    """Tell whether a model comes from `packed` or `load_packed`."""
+    return isinstance(model.transformer.token_embeddings, PackedModule)
+
+
+def packed(model: OpenELM) -> OpenELM | None:
+    """Pack a copy of a model for generation; what happens to the weights later is not seen.
+
+    The copy takes as much memory again, and needs nothing of the model that was given, which may go. None where the
+    kernels do not take all of it as it is: other devices and dtypes, adapters, weights shared by several processes.
+    """
+    if any(type(parameter) is not nn.Parameter or parameter.is_meta for parameter in model.parameters()):
+        return None
+    held = {
+        name: LazyTensor(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor.detach())  # type: ignore[misc]
+        for name, tensor in model.state_dict().items()
+    }
+    if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
+        return None
+    return _packed(model, held)
+
+
+def load_packed(folder: Path, *, device: torch.device | str = "cpu") -> OpenELM:
+    """Load a model folder to generate with it and nothing else: packed, a matrix at a time, where there are kernels.
+
+    Raises:
+        CheckpointError: as `load_model`, which does the rest.
+    """
+    if torch.device(device).type == "cpu" and kernels_name() != "torch":
+        model, weights = open_model(folder)
+        found = _packed(model, weights)
+        if found is not None:
+            return found
+    return load_model(folder, device=device)
+
+
+def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
+    """Pack what `weights` reads; of `model` the modules count, not what they hold."""
+    layouts, taken = dict[str, list[Layout]](), set[str]()
+    for name, module in model.named_modules():
+        layout = _layout(name, module, weights)
+        if layout is not None:
+            halves = isinstance(model.get_submodule(name.rpartition(".")[0]), FeedForward) and name.endswith("proj_1")
+            layouts[name] = [layout] if not halves else [_half(layout)] * 2
+            taken |= {name + suffix for suffix in (WORDS, SCALES, BIASES)}
+    norms = [name for name, tensor in weights.items() if len(tensor.shape) == 1]
+    if not weights.keys() <= {*taken, *norms} or not all(parts[0].is_known for parts in layouts.values()):
+        return None
+    with torch.device("meta"):
+        found = OpenELM(model.config)
+    ends = list(accumulate(layout.bytes for parts in layouts.values() for layout in parts))
+    memory = iter(memory_for(ends[-1]).tensor_split(ends[:-1]))
+    for name, parts in layouts.items():
+        tensors = [weights[name + suffix].read() for suffix in (WORDS, SCALES, BIASES) if name + suffix in weights]
+        cut = zip(*(tensor.chunk(len(parts)) for tensor in tensors), strict=True)
+        matrices = [PackedMatrix(layout, *rows, memory=next(memory)) for layout, rows in zip(parts, cut, strict=True)]
+        is_embedding = isinstance(model.get_submodule(name), nn.Embedding | QuantizedEmbedding)
+        found.set_submodule(name, (PackedEmbedding if is_embedding else PackedLinear)(matrices))
+    for name in norms:
+        scale = nn.Parameter(weights[name].read(), requires_grad=False)
+        found.get_submodule(name.rpartition(".")[0]).weight = scale
+    found.quantization = model.quantization
+    return found
+
+
+def _layout(name: str, module: nn.Module, weights: Weights) -> Layout | None:
+    if type(module) in (Linear, nn.Embedding):
+        weight = weights[name + WORDS]
+        return Layout(*weight.shape, weight.dtype)
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        kind, scales = module.quantization, weights[name + SCALES]
+        rows, groups = scales.shape
+        return Layout(rows, groups * kind.group_size, scales.dtype, kind.bits, kind.group_size)
+    return None
+
+
+def _half(layout: Layout) -> Layout:
+    return Layout(layout.rows // 2, layout.columns, layout.dtype, layout.bits, layout.group)
