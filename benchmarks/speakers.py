@@ -70,16 +70,19 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
     from openelm.generate.engine import Engine
     from openelm.generate.sampling import SamplingConfig
     from openelm.kernels.native import call
-    from openelm.model.folder import load_model
+    from openelm.model.packed import PackedModule, load_packed
     from openelm.text.tokenizer import load_tokenizer
 
-    model, tokenizer = load_model(folder / kind), load_tokenizer(folder / kind)
-    model.requires_grad_(False)
+    model, tokenizer = load_packed(folder / kind), load_tokenizer(folder / kind)
     engine = Engine(model, tokenizer, slots=_SLOTS, length=_LENGTH)
-    weights = {entry.data_ptr(): entry for entry in model.state_dict().values() if entry.ndim == 2}
-    matrices = [parameter for parameter in model.transformer.layers.parameters() if parameter.ndim == 2]
-    addresses = torch.tensor(list(weights))
-    sizes = torch.tensor([entry.nbytes for entry in weights.values()])
+    weights = [part for module in model.modules() if isinstance(module, PackedModule) for part in module.parts]
+    addresses = torch.tensor([part.memory.data_ptr() for part in weights])
+    sizes = torch.tensor([part.memory.nbytes for part in weights])
+    matrices = [
+        torch.randn(part.layout.rows, part.layout.columns).to(part.layout.dtype)
+        for part in weights
+        if part.layout.rows != model.config.vocab_size
+    ]
 
     def decode(prompt: int, tokens: int, rows: int) -> Answer:
         config = SamplingConfig(temperature=0, max_tokens=_LENGTH, logit_bias={2: -100})

@@ -3,7 +3,7 @@
 So many rows as fill two vectors are one line of memory, in which the next column of all of them follows (fp32), or the
 next two (bf16, whole numbers of 8 bits), or of 4 bits the next two in the low halves of bytes and in the high ones the
 two that are half a group further on; behind each group of columns stand its scales and biases. One row of inputs reads
-the line once; for many it comes from the caches. The layout is made in memory, for this CPU, and never written to a file.
+the line once; for many it comes from the caches. It is made in memory for this CPU, and never written to a file.
 """
 
 from __future__ import annotations
