@@ -48,12 +48,13 @@ struct State {
 static thread_local Scratch shared, own_values, own_numbers, own_factors;
 
 // Rows of inputs, as this thread wants them for a product with a weight; row(i, to) writes row i.
-template <class K, class Row> static Inputs<typename K::Input> placed(const Weight& weight, long count, Row row) {
+template <class K, class Row>
+static Inputs<typename K::Input> placed(const Weight& weight, long count, Row row, Ahead& ahead) {
     float* values = own_values.floats(weight.columns);
     Rows<K> rows(own_numbers, own_factors, weight, count);
     for (long i = 0; i < count; i++) {
         row(i, values);
-        rows.put(i, values);
+        rows.put(i, values, ahead);
     }
     return rows.all();
 }
@@ -97,7 +98,9 @@ static void place_heads(const Model& model, const Block& block, const Tokens& to
 
 // Scores of TOGETHER queries (each of `parts` whole vectors, zero beyond) with `count` keys: scores[query][key].
 template <class T>
-static void score(const float* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK]) {
+static void score(
+    const float* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK], Ahead& ahead
+) {
     constexpr long at_once = WIDTH / TOGETHER;  // keys
     for (long first = 0; first < count; first += at_once) {
         vec total[WIDTH] = {};
@@ -110,6 +113,7 @@ static void score(const float* queries, long parts, const T* keys, long dim, lon
                 for (long g = 0; g < TOGETHER; g++) total[g * at_once + j] += query[g] * key;
             }
         }
+        ahead.ask(16);
         float found[WIDTH];
         sums<WIDTH>(total, found);
         for (long g = 0; g < TOGETHER; g++) std::memcpy(scores[g] + first, found + g * at_once, at_once * sizeof(float));
@@ -134,16 +138,20 @@ static std::pair<float, float> weigh(float* scores, long count) {
 
 // out[query] = sum over the keys of weight · value, for TOGETHER queries.
 template <class T>
-static void mix(const float (*weights)[CHUNK], const T* values, long dim, long count, float* const (&out)[TOGETHER]) {
+static void mix(
+    const float (*weights)[CHUNK], const T* values, long dim, long count, float* const (&out)[TOGETHER], Ahead& ahead
+) {
     constexpr long wide = WIDTH == 16 ? 4 : 2;  // vectors of columns at a time
     long column = 0;
     for (; column + wide * WIDTH <= dim; column += wide * WIDTH) {
         vec total[TOGETHER][wide] = {};
-        for (long j = 0; j < count; j++)
+        for (long j = 0; j < count; j++) {
             for (long c = 0; c < wide; c++) {
                 vec value = load(values + j * dim + column + c * WIDTH);
                 for (long g = 0; g < TOGETHER; g++) total[g][c] += weights[g][j] * value;
             }
+            ahead.ask(8);
+        }
         for (long g = 0; g < TOGETHER; g++)
             for (long c = 0; c < wide; c++) store(out[g] + column + c * WIDTH, total[g][c]);
     }
@@ -158,7 +166,8 @@ static void mix(const float (*weights)[CHUNK], const T* values, long dim, long c
 // One token's queries that share a key head attend to one chunk of its keys.
 template <class T>
 static void attend_to_chunk(
-    const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, long kv_head, long chunk
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, long kv_head, long chunk,
+    Ahead& ahead
 ) {
     long dim = model.head_dim, groups = block.query_heads / block.kv_heads, parts = (dim + WIDTH - 1) / WIDTH;
     long count = std::min(CHUNK, tokens.positions[token] + 1 - chunk * CHUNK);
@@ -178,22 +187,22 @@ static void attend_to_chunk(
             for (long k = 0; k < parts * WIDTH; k++)
                 padded_queries[g * parts * WIDTH + k] = k < dim ? queries[head * dim + k] * scale : 0.f;
         }
-        score(padded_queries, parts, keys, dim, count, scores);
+        score(padded_queries, parts, keys, dim, count, scores, ahead);
         for (long g = 0; g < TOGETHER; g++) {
             auto [most, total] = weigh(scores[g], count);
             out[g][dim] = most, out[g][dim + 1] = total;
         }
-        mix(scores, values, dim, count, out);
+        mix(scores, values, dim, count, out, ahead);
     }
 }
 
 template <class T>
-static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state) {
+static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state, Ahead& ahead) {
     long tasks = tokens.count * block.kv_heads * state.chunks;
     for_my_share(tasks, [&](long task) {
         long pairs = tokens.count * block.kv_heads, chunk = task / pairs;
         long token = task % pairs / block.kv_heads, kv_head = task % block.kv_heads;
-        if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk);
+        if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk, ahead);
     });
 }
 
@@ -217,22 +226,26 @@ static void gather(const Model& model, const Block& block, const Tokens& tokens,
 }
 
 // A product of this thread's share of a weight: out[token][row], replaced or added to.
-template <class Row> static void project(const Weight& weight, long count, Row row, Output<float> out) {
+template <class Row>
+static void project(const Weight& weight, long count, Row row, Output<float> out, Ahead& ahead) {
     by_kind(weight, [&](auto kind) {
         using K = decltype(kind);
-        auto inputs = placed<K>(weight, count, row);
+        auto inputs = placed<K>(weight, count, row, ahead);
         auto [first, last] = my_tiles(weight);
         multiply<K>(weight, first, last, count, inputs, out);
     });
 }
 
 // Gate and up of this thread's share of the columns, then their product in the place of gate.
-static void project_gated(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
+static void project_gated(
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Ahead& ahead
+) {
     by_kind(block.gate, [&](auto kind) {
         using K = decltype(kind);
-        auto inputs = placed<K>(block.gate, tokens.count, [&](long i, float* to) {
+        auto normalised = [&](long i, float* to) {
             normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
-        });
+        };
+        auto inputs = placed<K>(block.gate, tokens.count, normalised, ahead);
         auto [first, last] = my_tiles(block.gate);
         Output<float> gates{state.wide, state.wide_row}, ups{state.wide + block.ffn_dim, state.wide_row};
         multiply<K>(block.gate, first, last, tokens.count, inputs, gates);
@@ -253,20 +266,20 @@ static void embed(const Model& model, const Tokens& tokens, float* x) {
     });
 }
 
-// Asks for the first bytes of this thread's share of a weight, which the product would ask for too late.
-static void ask_for_start(const Weight& weight) {
-    by_kind(weight, [&](auto kind) {
-        ask_for(weight.tiles + my_tiles(weight).first * tile_bytes<decltype(kind)>(weight), AHEAD);
-    });
-}
-
 template <class T>
 static void compute(
     const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
 ) {
+    Ahead ahead;
+    auto wait = [&] { barrier.wait(omp_get_num_threads(), [&] { ahead.ask(1); }); };
     auto wait_before = [&](const Weight& next) {
-        ask_for_start(next);
-        barrier.wait(omp_get_num_threads());
+        by_kind(next, [&](auto kind) {
+            long bytes = tile_bytes<decltype(kind)>(next);
+            auto [first, last] = my_tiles(next);
+            ahead.aim(next.tiles + first * bytes, next.tiles + last * bytes);
+        });
+        ahead.ask(AHEAD / 64);
+        wait();
     };
     auto wait_before_layer = [&](long layer) {
         wait_before(layer == model.layers ? model.head : model.blocks[layer].qkv);
@@ -278,24 +291,25 @@ static void compute(
     for (long layer = 0; layer < model.layers; layer++) {
         const Block& block = model.blocks[layer];
         auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
-        project(block.qkv, count, normalised, wide);
-        barrier.wait(omp_get_num_threads());
-        place_heads<T>(model, block, tokens, state, eps);
-        barrier.wait(omp_get_num_threads());
-        attend<T>(model, block, tokens, state);
+        project(block.qkv, count, normalised, wide, ahead);
         wait_before(block.out);
-        project(block.out, count, [&](long i, float* to) { gather(model, block, tokens, state, i, to); }, stream);
+        place_heads<T>(model, block, tokens, state, eps);
+        wait();
+        attend<T>(model, block, tokens, state, ahead);
+        wait();
+        auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
+        project(block.out, count, attended, stream, ahead);
         wait_before(block.gate);
-        project_gated(model, block, tokens, state, eps);
+        project_gated(model, block, tokens, state, eps, ahead);
         wait_before(block.down);
         auto gated = [&](long i, float* to) {
             std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
         };
-        project(block.down, count, gated, stream);
+        project(block.down, count, gated, stream, ahead);
         wait_before_layer(layer + 1);
     }
     auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
-    project(model.head, count, normalised, {logits, model.head.rows});
+    project(model.head, count, normalised, {logits, model.head.rows}, ahead);
 }
 
 }  // namespace openelm

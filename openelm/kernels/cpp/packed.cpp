@@ -17,7 +17,8 @@ static Inputs<typename K::Input> inputs_of(const Weight& weight, long count, con
     for (long i = 0; i < count; i++) {
         float* wide = own_row.floats(weight.columns);
         by_vectors(weight.columns, [=](long k, long n) { store_some(wide + k, load_some(x + i * stride + k, n), n); });
-        rows.put(i, wide);
+        Ahead nothing;
+        rows.put(i, wide, nothing);
     }
     return rows.all();
 }

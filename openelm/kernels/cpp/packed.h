@@ -94,11 +94,11 @@ typedef __m512i pairs;
 inline pairs pairs_of_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 inline pairs low_four(pairs x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
 inline pairs high_four(pairs x) { return _mm512_srli_epi16(x, 4); }
-inline ivec add_products(ivec total, pairs a, pairs b) {
+inline void add_products(ivec& total, pairs a, pairs b) {
 #if defined(__AVX512VNNI__)
-    return (ivec)_mm512_dpwssd_epi32((__m512i)total, a, b);
+    total = (ivec)_mm512_dpwssd_epi32((__m512i)total, a, b);
 #else
-    return total + (ivec)_mm512_madd_epi16(a, b);
+    total += (ivec)_mm512_madd_epi16(a, b);
 #endif
 }
 #else
@@ -106,7 +106,7 @@ typedef __m256i pairs;
 inline pairs pairs_of_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 inline pairs low_four(pairs x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
 inline pairs high_four(pairs x) { return _mm256_srli_epi16(x, 4); }
-inline ivec add_products(ivec total, pairs a, pairs b) { return total + (ivec)_mm256_madd_epi16(a, b); }
+inline void add_products(ivec& total, pairs a, pairs b) { total += (ivec)_mm256_madd_epi16(a, b); }
 #endif
 inline pairs spread_pair(const int16_t* x) {
     int32_t pair;
@@ -149,9 +149,10 @@ inline void add_up(
     constexpr long rows = tiles * VECTORS;
     if constexpr (in_groups<K>) {
         using S = typename K::Scale;
+        constexpr long chains = K::bits == 4 && inputs < 3 ? 2 : 1;  // one of two products a step would be too slow
         long steps = weight.group / K::numbers, half = weight.group / 2, groups = weight.columns / weight.group;
         for (long g = 0; g < groups; g++) {
-            ivec sums[rows][inputs] = {};
+            ivec sums[chains][rows][inputs] = {};
             const int16_t* numbers = x.numbers + g * weight.group;
 #pragma GCC unroll 4
             for (long s = 0; s < steps; s++) {
@@ -166,13 +167,13 @@ inline void add_up(
                     if constexpr (K::bits == 8) {
                         pairs input = spread_pair(pair);
 #pragma GCC unroll 8
-                        for (long r = 0; r < rows; r++) sums[r][i] = add_products(sums[r][i], part[r], input);
+                        for (long r = 0; r < rows; r++) add_products(sums[0][r][i], part[r], input);
                     } else {
                         pairs first = spread_pair(pair), second = spread_pair(pair + half);
 #pragma GCC unroll 8
                         for (long r = 0; r < rows; r++) {
-                            sums[r][i] = add_products(sums[r][i], low_four(part[r]), first);
-                            sums[r][i] = add_products(sums[r][i], high_four(part[r]), second);
+                            add_products(sums[0][r][i], low_four(part[r]), first);
+                            add_products(sums[chains - 1][r][i], high_four(part[r]), second);
                         }
                     }
                 }
@@ -186,7 +187,8 @@ inline void add_up(
 #pragma GCC unroll 8
                 for (long i = 0; i < inputs; i++) {
                     const float* factors = x.factors + i * x.factors_stride + 2 * g;
-                    vec sum = __builtin_convertvector(sums[r][i], vec) * factors[0];
+                    ivec whole = chains == 2 ? sums[0][r][i] + sums[chains - 1][r][i] : sums[0][r][i];
+                    vec sum = __builtin_convertvector(whole, vec) * factors[0];
                     total[r][i] = total[r][i] + sum * scale + bias * factors[1];
                 }
             }
@@ -289,6 +291,20 @@ inline void place_group(const float* x, long columns, int16_t* to, float* factor
     factors[1] = factors[0] * sum;
 }
 
+// Asks for the beginning of a thread's share of the next weight, while something else keeps the thread busy: memory
+// would rest otherwise. As much is asked for as stays in the thread's own cache.
+class Ahead {
+  public:
+    void aim(const uint8_t* first, const uint8_t* last) { at_ = first, end_ = std::min(last, first + MOST); }
+    inline void ask(long lines) {
+        for (; lines > 0 && at_ < end_; lines--, at_ += 64) __builtin_prefetch(at_);
+    }
+
+  private:
+    static constexpr long MOST = 512 * 1024;
+    const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
 // Memory for rows of inputs as a weight wants them, and rows put there.
 template <class K> class Rows {
   public:
@@ -298,14 +314,17 @@ template <class K> class Rows {
         numbers_ = (Input*)numbers.floats(count * stride_);
         if constexpr (in_groups<K>) factors_ = factors.floats(count * 2 * (weight.columns / weight.group));
     }
-    void put(long row, const float* x) {
+    void put(long row, const float* x, Ahead& ahead) {
         Input* to = numbers_ + row * stride_;
         if constexpr (in_groups<K>) {
             long group = weight_.group, groups = weight_.columns / group;
-            for (long g = 0; g < groups; g++)
+            for (long g = 0; g < groups; g++) {
                 place_group(x + g * group, group, to + g * group, factors_ + 2 * (row * groups + g));
+                ahead.ask(4);
+            }
         } else {
             place(x, weight_.columns, to);
+            ahead.ask(weight_.columns / 64);
         }
     }
     Inputs<Input> all() const {

@@ -11,15 +11,18 @@ namespace openelm {
 // a fraction of a millisecond, another program has its core, and may need this one too.
 class Barrier {
   public:
-    void wait(long threads) {
+    // `meanwhile` is called again and again.
+    template <class Call> void wait(long threads, Call meanwhile) {
         long round = round_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             arrived_.store(0, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
             return;
         }
-        for (long turns = 0; round_.load(std::memory_order_acquire) == round; turns++)
+        for (long turns = 0; round_.load(std::memory_order_acquire) == round; turns++) {
+            meanwhile();
             turns < 10000 ? __builtin_ia32_pause() : (void)sched_yield();
+        }
     }
 
   private:
