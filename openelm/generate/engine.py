@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from openelm.errors import ConfigError, OpenELMError
-from openelm.generate.request import Chosen, Generation, Token, common_tokens, read_choices
-from openelm.generate.sampler import Choice
+from openelm.generate.request import Generation, Token, common_tokens, read_choices
+from openelm.generate.sampler import Choice, Chosen
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.decoding import Decoder
 from openelm.model.transformer import OpenELM
@@ -128,13 +127,13 @@ class Engine:
             self._waiting.remove(generation)
         self._free(generation)
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Go one step on with everything; returns whether there was anything to do."""
-        self._place_waiting()
-        if not self.active:
-            return False
+        if self._waiting:
+            self._place_waiting()
         running = [slot for slot in self._slots if slot.generation is not None and slot not in self._reading]
+        if not (running or self._reading):
+            return False
         first = self._read_stretch()
         if first is not None:
             self._choose([first])
@@ -223,21 +222,36 @@ class Engine:
                 generation.proposed_tokens += len(guesses)
                 new = [*new, *guesses]
             slot.ids += new
-            ids, slots, counts = [*ids, *new], [*slots, *[slot.index] * len(new)], [*counts, len(new)]
-        return list(zip(running, torch.split(self._decoder.step(ids, slots), counts), strict=True))
+            ids += new
+            slots += [slot.index] * len(new)
+            counts.append(len(new))
+        logits = self._decoder.step(ids, slots)
+        return list(zip(running, logits.split_with_sizes(counts), strict=True))
 
     def _choose(self, found: list[tuple[_Slot, Tensor]]) -> None:
         """Choose a token for each; where the guess was right the next one too, until a guess was wrong."""
-        for place in count():
+        self._choose_at(0, found)
+        for place in count(1):
             found = [
                 (slot, logits) for slot, logits in found if place < len(logits) and self._goes_on(slot, logits, place)
             ]
             if not found:
                 return
-            chosen = self._chosen([(slot, logits[place, : self._tokenizer.vocab_size]) for slot, logits in found])
-            for (slot, _), choice in zip(found, chosen, strict=True):
-                if choice is not None:
-                    self._add(slot, choice)
+            self._choose_at(place, found)
+
+    def _choose_at(self, place: int, found: list[tuple[_Slot, Tensor]]) -> None:
+        """Choose from the logits at a place of the last step; the device is read once."""
+        choices = list[tuple[_Slot, Choice | Chosen]]()
+        for slot, logits in found:
+            assert slot.generation is not None
+            try:
+                row = logits[place, : self._tokenizer.vocab_size]
+                choices.append((slot, slot.generation.sampler.choose(row)))
+            except OpenELMError as error:
+                self._fail(slot, error)
+        read = iter(read_choices([choice for _, choice in choices if isinstance(choice, Choice)]))
+        for slot, choice in choices:
+            self._add(slot, choice if isinstance(choice, Chosen) else next(read))
 
     def _goes_on(self, slot: _Slot, logits: Tensor, place: int) -> bool:
         """Tell whether the ids at a place of the last step are the ones chosen; forget those that are not."""
@@ -245,25 +259,12 @@ class Engine:
         if generation is None:
             return False
         computed = len(slot.ids) - len(logits) + place
-        if place == 0 or slot.ids[computed] == generation.ids[computed]:
-            generation.accepted_tokens += place > 0
+        if slot.ids[computed] == generation.ids[computed]:
+            generation.accepted_tokens += 1
             return True
         del slot.ids[computed:]
         self._decoder.truncate(slot.index, computed)
         return False
-
-    def _chosen(self, rows: list[tuple[_Slot, Tensor]]) -> list[Chosen | None]:
-        """Choose a token from each row of logits; the device is read once. None where a request failed."""
-        choices = list[Choice | None]()
-        for slot, logits in rows:
-            assert slot.generation is not None
-            try:
-                choices.append(slot.generation.sampler.choose(logits))
-            except OpenELMError as error:
-                choices.append(None)
-                self._fail(slot, error)
-        read = iter(read_choices([choice for choice in choices if choice is not None]))
-        return [None if choice is None else next(read) for choice in choices]
 
     def _add(self, slot: _Slot, choice: Chosen) -> None:
         generation = slot.generation

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from openelm.errors import NumericError, OpenELMError
-from openelm.generate.sampler import Choice, Sampler
+from openelm.generate.sampler import Choice, Chosen, Sampler
 from openelm.generate.sampling import SamplingConfig
 from openelm.generate.stop import StopStrings
 from openelm.text.tokenizer import TextStream, Tokenizer
@@ -37,15 +37,6 @@ class Token:
     logprob: float
     finish_reason: FinishReason | None = None
     top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A `Choice` on the host."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class Generation:
@@ -123,6 +114,8 @@ class Generation:
 
 def read_choices(choices: Sequence[Choice]) -> list[Chosen]:
     """Bring choices to the host, all at once; fp32 holds ids up to 2^24."""
+    if not choices:
+        return []
     rows = [
         torch.cat((choice.id[None].float(), choice.logprob[None], choice.top_ids.float(), choice.top_logprobs))
         for choice in choices

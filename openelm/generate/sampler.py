@@ -10,7 +10,8 @@ from torch import Tensor
 
 from openelm.errors import ConfigError
 from openelm.generate.grammar import Constraint
-from openelm.generate.sampling import SamplingConfig, choose
+from openelm.generate.sampling import SamplingConfig, choose, next_uniform
+from openelm.kernels.choice import choose_one, chooses
 from openelm.text.tokenizer import Tokenizer
 
 
@@ -29,6 +30,15 @@ class Choice:
     logprob: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A `Choice` on the host."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -54,6 +64,7 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._constraint = Constraint.of(config, tokenizer, prompt_ids)
         self._bias = _bias(config.logit_bias, size).to(device) if config.logit_bias else None
+        self._is_plain = not (config.filters or config.top_logprobs or config.constrains)
         self._seen: Tensor | None = None
         if config.repetition_penalty != 1.0:
             self._seen = torch.zeros(size, dtype=torch.bool, device=device)
@@ -62,12 +73,16 @@ class Sampler:
         if config.presence_penalty or config.frequency_penalty:
             self._counts = torch.zeros(size, device=device)
 
-    def choose(self, logits: Tensor) -> Choice:
+    def choose(self, logits: Tensor) -> Choice | Chosen:
         """Choose one token from the model's logits (V,), fp32; the device is not waited for.
 
         Raises:
             ConfigError: the constraint leaves no token, or following it takes too much work.
         """
+        if self._is_plain and chooses(logits):
+            temperature = self._config.temperature
+            uniform = next_uniform(self._generator) if temperature else 0.0
+            return Chosen(*choose_one(logits, self._bias, temperature, uniform), ())
         allowed = None
         if self._constraint is not None:
             allowed = _moved(self._constraint.allowed(), logits.device)

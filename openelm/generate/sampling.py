@@ -52,6 +52,17 @@ class SamplingConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     """The same seed gives the same text."""
 
+    @property
+    def filters(self) -> bool:
+        """Tell whether anything but bias and temperature stands between the logits and the draw, constraints aside."""
+        drops = self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+        return drops or self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def constrains(self) -> bool:
+        """Tell whether the text must follow a schema, a regular expression or a grammar."""
+        return (self.json_schema, self.regex, self.grammar) != (None, None, None)
+
     @field_validator("temperature")
     @classmethod
     def _dividable(cls, temperature: float) -> float:
@@ -181,5 +192,9 @@ def choose(
     logits = filter_logits(logits, config, seen, counts=counts, bias=bias, allowed=allowed)
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
-    uniform = 1.0 - torch.rand((), generator=generator).item()  # (0, 1]; on the CPU, so nothing waits for a device
-    return draw(logits, uniform)
+    return draw(logits, next_uniform(generator))
+
+
+def next_uniform(generator: torch.Generator) -> float:
+    """Take one number in (0, 1] from a CPU generator: nothing waits for a device."""
+    return 1.0 - torch.rand((), generator=generator).item()

@@ -80,5 +80,5 @@ class DecodeKernel:
         """
         logits = torch.empty(len(ids), self._vocabulary)
         where = torch.tensor((ids, slots, positions), dtype=torch.int64)
-        call("decode", self._description, self._eps, len(ids), *where, logits)
+        call("decode", self._description, self._eps, len(ids), where, logits)
         return logits

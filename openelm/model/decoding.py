@@ -71,7 +71,6 @@ class Decoder:
         tokens = torch.tensor([ids], device=self.device)
         return self._model.logits(self._model.hidden(tokens, cache=self._rows[slot])[0, -1]).float()
 
-    @torch.inference_mode()
     def step(self, ids: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Append one token to each of `slots`; returns fp32 logits (R, V) after each.
 
@@ -90,14 +89,18 @@ class Decoder:
         for slot, used in places.items():
             self._rows[slot].used = used
         if self._kernel is None:
-            tokens = torch.tensor(ids, device=self.device)
-            where = torch.tensor(positions, device=self.device)
-            states = self._model.next_states(tokens, where, _Company(self._cache, slots, positions))
-            return self._model.logits(states).float()
+            return self._step_through_layers(ids, slots, positions)
         if len(ids) <= _TOKENS_AT_ONCE:
             return self._kernel.step(ids, slots, positions)
         pieces = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids), _TOKENS_AT_ONCE)]
         return torch.cat([self._kernel.step(ids[piece], slots[piece], positions[piece]) for piece in pieces])
+
+    @torch.inference_mode()
+    def _step_through_layers(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        tokens = torch.tensor(ids, device=self.device)
+        where = torch.tensor(positions, device=self.device)
+        states = self._model.next_states(tokens, where, _Company(self._cache, slots, positions))
+        return self._model.logits(states).float()
 
 
 class _Company:

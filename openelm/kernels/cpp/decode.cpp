@@ -96,23 +96,26 @@ static void place_heads(const Model& model, const Block& block, const Tokens& to
     });
 }
 
-// Scores of TOGETHER queries (each of `parts` whole vectors, zero beyond) with `count` keys: scores[query][key].
+// Scores of TOGETHER queries (each of `parts` vectors, zero beyond `dim`) with `count` keys: scores[query][key].
 template <class T>
 static void score(
-    const float* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK], Ahead& ahead
+    const vec* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK], Ahead& ahead
 ) {
     constexpr long at_once = WIDTH / TOGETHER;  // keys
     for (long first = 0; first < count; first += at_once) {
+        const T* key[at_once];
+        for (long j = 0; j < at_once; j++) key[j] = keys + std::min(first + j, count - 1) * dim;
         vec total[WIDTH] = {};
-        for (long part = 0; part < parts; part++) {
-            long n = std::min(WIDTH, dim - part * WIDTH);
-            vec query[TOGETHER];
-            for (long g = 0; g < TOGETHER; g++) query[g] = load(queries + (g * parts + part) * WIDTH);
+        auto add = [&](long part, long n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
             for (long j = 0; j < at_once; j++) {
-                vec key = load_some(keys + std::min(first + j, count - 1) * dim + part * WIDTH, n);
-                for (long g = 0; g < TOGETHER; g++) total[g * at_once + j] += query[g] * key;
+                vec numbers = load_some(key[j] + part * WIDTH, n);
+#pragma GCC unroll 4
+                for (long g = 0; g < TOGETHER; g++) total[g * at_once + j] += queries[g * parts + part] * numbers;
             }
-        }
+        };
+        for (long part = 0; part < dim / WIDTH; part++) add(part, WIDTH);
+        if (dim % WIDTH) add(parts - 1, dim % WIDTH);
         ahead.ask(16);
         float found[WIDTH];
         sums<WIDTH>(total, found);
@@ -122,16 +125,14 @@ static void score(
 
 // Scores become weights e^(score - largest), zero beyond `count`; returns the largest score and their sum.
 static std::pair<float, float> weigh(float* scores, long count) {
-    float most = scores[0];
-    for (long j = 1; j < count; j++) most = std::max(most, scores[j]);
-    vec total = {};
+    for (long k = count; k % WIDTH; k++) scores[k] = -INFINITY;
+    vec largest_ones = splat(-INFINITY), total = {};
+    for (long j = 0; j < count; j += WIDTH) largest_ones = larger(load(scores + j), largest_ones);
+    float most = largest(largest_ones);
     for (long j = 0; j < count; j += WIDTH) {
-        float part[WIDTH];
         vec weights = exp(load(scores + j) - most);
-        store(part, weights);
-        for (long k = count - j; k < WIDTH; k++) part[k] = 0;
-        store(scores + j, load(part));
-        total += load(part);
+        store(scores + j, weights);
+        total += weights;
     }
     return {most, sum(total)};
 }
@@ -146,8 +147,10 @@ static void mix(
     for (; column + wide * WIDTH <= dim; column += wide * WIDTH) {
         vec total[TOGETHER][wide] = {};
         for (long j = 0; j < count; j++) {
+#pragma GCC unroll 4
             for (long c = 0; c < wide; c++) {
                 vec value = load(values + j * dim + column + c * WIDTH);
+#pragma GCC unroll 4
                 for (long g = 0; g < TOGETHER; g++) total[g][c] += weights[g][j] * value;
             }
             ahead.ask(8);
@@ -163,31 +166,39 @@ static void mix(
     });
 }
 
-// One token's queries that share a key head attend to one chunk of its keys.
+// One token's queries that share a key head, and one chunk of its keys.
+struct Chunk {
+    long token, kv_head, first, count;  // keys; none beyond the token's own
+    long offset;                        // of the first one in the cache
+};
+
+// Chunk by chunk, so that those with fewer keys fall to all threads alike.
+static Chunk chunk_of(const Model& model, const Block& block, const Tokens& tokens, long task) {
+    long pairs = tokens.count * block.kv_heads, first = task / pairs * CHUNK;
+    long token = task % pairs / block.kv_heads, kv_head = task % block.kv_heads;
+    long row = (tokens.slots[token] * block.kv_heads + kv_head) * model.length + first;
+    return {token, kv_head, first, std::min(CHUNK, tokens.positions[token] + 1 - first), row * model.head_dim};
+}
+
 template <class T>
-static void attend_to_chunk(
-    const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, long kv_head, long chunk,
-    Ahead& ahead
-) {
+static void attend_to_chunk(const Model& model, const Block& block, const State& state, Chunk chunk, Ahead& ahead) {
     long dim = model.head_dim, groups = block.query_heads / block.kv_heads, parts = (dim + WIDTH - 1) / WIDTH;
-    long count = std::min(CHUNK, tokens.positions[token] + 1 - chunk * CHUNK);
-    long offset = ((tokens.slots[token] * block.kv_heads + kv_head) * model.length + chunk * CHUNK) * dim;
+    auto [token, kv_head, start, count, offset] = chunk;
     const float* queries = state.wide + token * state.wide_row + kv_head * groups * dim;
     const T *keys = (const T*)block.keys + offset, *values = (const T*)block.values + offset;
-    for (auto* part : {keys, values})  // all at once: a chunk ends before a CPU has foreseen what is read
-        for (long i = 0; i < count * dim; i += 64 / sizeof(T)) __builtin_prefetch(part + i);
-    float* padded_queries = own_values.floats(TOGETHER * parts * WIDTH);
+    vec* placed_queries = (vec*)own_values.floats(TOGETHER * parts * WIDTH);
     float scores[TOGETHER][CHUNK];
     float scale = 1 / std::sqrt(float(dim));
     for (long first = 0; first < groups; first += TOGETHER) {
         float* out[TOGETHER];
         for (long g = 0; g < TOGETHER; g++) {
             long head = std::min(first + g, groups - 1);
-            out[g] = state.partial(model, block, token, kv_head * groups + head, chunk);
-            for (long k = 0; k < parts * WIDTH; k++)
-                padded_queries[g * parts * WIDTH + k] = k < dim ? queries[head * dim + k] * scale : 0.f;
+            out[g] = state.partial(model, block, token, kv_head * groups + head, start / CHUNK);
+            by_vectors(dim, [&](long k, long n) {
+                placed_queries[g * parts + k / WIDTH] = load_some(queries + head * dim + k, n) * scale;
+            });
         }
-        score(padded_queries, parts, keys, dim, count, scores, ahead);
+        score(placed_queries, parts, keys, dim, count, scores, ahead);
         for (long g = 0; g < TOGETHER; g++) {
             auto [most, total] = weigh(scores[g], count);
             out[g][dim] = most, out[g][dim + 1] = total;
@@ -196,14 +207,31 @@ static void attend_to_chunk(
     }
 }
 
+// Asks for the keys and values of this thread's next chunk from `task` on, and returns which one that is.
 template <class T>
-static void attend(const Model& model, const Block& block, const Tokens& tokens, const State& state, Ahead& ahead) {
-    long tasks = tokens.count * block.kv_heads * state.chunks;
-    for_my_share(tasks, [&](long task) {
-        long pairs = tokens.count * block.kv_heads, chunk = task / pairs;
-        long token = task % pairs / block.kv_heads, kv_head = task % block.kv_heads;
-        if (chunk < tokens.chunks(token)) attend_to_chunk<T>(model, block, tokens, state, token, kv_head, chunk, ahead);
-    });
+static long next_chunk(
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, long task, Ahead& ahead
+) {
+    for (; task < tokens.count * block.kv_heads * state.chunks; task += omp_get_num_threads()) {
+        auto chunk = chunk_of(model, block, tokens, task);
+        if (chunk.count <= 0) continue;
+        long bytes = chunk.count * model.head_dim * sizeof(T);
+        ahead.aim_near((const T*)block.keys + chunk.offset, (const T*)block.values + chunk.offset, bytes);
+        return task;
+    }
+    return -1;
+}
+
+template <class T>
+static void attend(
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, long task, Ahead& ahead
+) {
+    while (task >= 0) {
+        ahead.ask_all_near();
+        auto chunk = chunk_of(model, block, tokens, task);
+        task = next_chunk<T>(model, block, tokens, state, task + omp_get_num_threads(), ahead);
+        attend_to_chunk<T>(model, block, state, chunk, ahead);
+    }
 }
 
 // The heads of a token, each put together from its chunks in order.
@@ -293,9 +321,10 @@ static void compute(
         auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
         project(block.qkv, count, normalised, wide, ahead);
         wait_before(block.out);
+        long first = next_chunk<T>(model, block, tokens, state, omp_get_thread_num(), ahead);
         place_heads<T>(model, block, tokens, state, eps);
         wait();
-        attend<T>(model, block, tokens, state, ahead);
+        attend<T>(model, block, tokens, state, first, ahead);
         wait();
         auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
         project(block.out, count, attended, stream, ahead);
@@ -316,13 +345,12 @@ static void compute(
 
 using namespace openelm;
 
-// logits (count, vocabulary)
+// where (3, count): ids, slots and positions; logits (count, vocabulary)
 extern "C" void openelm_decode(
-    const void* description, float eps, long count, const long* ids, const long* slots, const long* positions,
-    float* logits, long threads
+    const void* description, float eps, long count, const long* where, float* logits, long threads
 ) {
     const Model& model = *(const Model*)description;
-    Tokens tokens{count, ids, slots, positions};
+    Tokens tokens{count, where, where + count, where + 2 * count};
     State state{};
     long most_heads = 0;
     for (long i = 0; i < model.layers; i++) {

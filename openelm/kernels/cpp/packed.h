@@ -291,18 +291,36 @@ inline void place_group(const float* x, long columns, int16_t* to, float* factor
     factors[1] = factors[0] * sum;
 }
 
-// Asks for the beginning of a thread's share of the next weight, while something else keeps the thread busy: memory
-// would rest otherwise. As much is asked for as stays in the thread's own cache.
+// Asks for what a thread will read next, while something else keeps the thread busy: memory would rest otherwise. First
+// for what is near, then for the beginning of its share of the next weight, as much as stays in its own cache.
 class Ahead {
   public:
-    void aim(const uint8_t* first, const uint8_t* last) { at_ = first, end_ = std::min(last, first + MOST); }
+    void aim(const uint8_t* first, const uint8_t* last) {
+        waiting_ = 0;
+        now_ = {first, std::min(last, first + MOST)};
+    }
+    void aim_near(const void* one, const void* other, long bytes) {
+        if (waiting_ == 0) next_[waiting_++] = now_;
+        next_[1] = {(const uint8_t*)other, (const uint8_t*)other + bytes};
+        now_ = {(const uint8_t*)one, (const uint8_t*)one + bytes};
+        waiting_ = 2;
+    }
     inline void ask(long lines) {
-        for (; lines > 0 && at_ < end_; lines--, at_ += 64) __builtin_prefetch(at_);
+        for (auto* stop = std::min(now_.end, now_.at + 64 * lines); now_.at < stop; now_.at += 64)
+            __builtin_prefetch(now_.at);
+        if (now_.at >= now_.end && waiting_ > 0) now_ = next_[--waiting_];
+    }
+    void ask_all_near() {
+        while (waiting_ > 0) ask(1);
     }
 
   private:
     static constexpr long MOST = 512 * 1024;
-    const uint8_t *at_ = nullptr, *end_ = nullptr;
+    struct Range {
+        const uint8_t *at, *end;
+    };
+    Range now_ = {}, next_[2] = {};
+    long waiting_ = 0;
 };
 
 // Memory for rows of inputs as a weight wants them, and rows put there.
