@@ -253,35 +253,36 @@ static void gather(const Model& model, const Block& block, const Tokens& tokens,
     }
 }
 
-// A product of this thread's share of a weight: out[token][row], replaced or added to.
+// This thread's part of a product with a weight: out[token][row], replaced or added to.
 template <class Row>
-static void project(const Weight& weight, long count, Row row, Output<float> out, Ahead& ahead) {
+static void project(const Weight& weight, long count, Row row, Output<float> out, Pieces& work, Ahead& ahead) {
     by_kind(weight, [&](auto kind) {
         using K = decltype(kind);
         auto inputs = placed<K>(weight, count, row, ahead);
-        auto [first, last] = my_tiles(weight);
-        multiply<K>(weight, first, last, count, inputs, out);
+        for (long piece; (piece = work.take()) >= 0;) multiply<K>(weight, piece, count, inputs, out);
     });
 }
 
-// Gate and up of this thread's share of the columns, then their product in the place of gate.
+// Gate and up of this thread's part of the columns, then their product in the place of gate.
 static void project_gated(
-    const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Ahead& ahead
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Pieces& work, Ahead& ahead
 ) {
     by_kind(block.gate, [&](auto kind) {
         using K = decltype(kind);
+        long count = tokens.count, columns = tiles_of_piece(count) * TILE;
         auto normalised = [&](long i, float* to) {
             normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
         };
-        auto inputs = placed<K>(block.gate, tokens.count, normalised, ahead);
-        auto [first, last] = my_tiles(block.gate);
+        auto inputs = placed<K>(block.gate, count, normalised, ahead);
         Output<float> gates{state.wide, state.wide_row}, ups{state.wide + block.ffn_dim, state.wide_row};
-        multiply<K>(block.gate, first, last, tokens.count, inputs, gates);
-        multiply<K>(block.up, first, last, tokens.count, inputs, ups);
-        long start = first * TILE, end = std::min(block.ffn_dim, last * TILE);
-        for (long i = 0; i < tokens.count; i++) {
-            float* to = state.wide + i * state.wide_row;
-            if (end > start) gate(to + start, to + block.ffn_dim + start, end - start);
+        for (long piece; (piece = work.take()) >= 0;) {
+            multiply<K>(block.gate, piece, count, inputs, gates);
+            multiply<K>(block.up, piece, count, inputs, ups);
+            long start = piece * columns, end = std::min(block.ffn_dim, start + columns);
+            for (long i = 0; i < count; i++) {
+                float* to = state.wide + i * state.wide_row + start;
+                gate(to, to + block.ffn_dim, end - start);
+            }
         }
     });
 }
@@ -296,15 +297,19 @@ static void embed(const Model& model, const Tokens& tokens, float* x) {
 
 template <class T>
 static void compute(
-    const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, float eps, float* logits
+    const Model& model, const Tokens& tokens, const State& state, Barrier& barrier, Pieces (&pieces_of)[2], float eps,
+    float* logits
 ) {
     Ahead ahead;
+    long product = 0;
+    auto work = [&]() -> Pieces& { return pieces_of[product % 2]; };
     auto wait = [&] { barrier.wait(omp_get_num_threads(), [&] { ahead.ask(1); }); };
     auto wait_before = [&](const Weight& next) {
+        product++;  // nobody takes pieces of the one before the last
+        long tile = set_pieces(work(), next, tokens.count) * tiles_of_piece(tokens.count);
         by_kind(next, [&](auto kind) {
             long bytes = tile_bytes<decltype(kind)>(next);
-            auto [first, last] = my_tiles(next);
-            ahead.aim(next.tiles + first * bytes, next.tiles + last * bytes);
+            ahead.aim(next.tiles + tile * bytes, next.tiles + next.count() * bytes);
         });
         ahead.ask(AHEAD / 64);
         wait();
@@ -319,7 +324,7 @@ static void compute(
     for (long layer = 0; layer < model.layers; layer++) {
         const Block& block = model.blocks[layer];
         auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, block.attn_norm, dim, eps, to); };
-        project(block.qkv, count, normalised, wide, ahead);
+        project(block.qkv, count, normalised, wide, work(), ahead);
         wait_before(block.out);
         long first = next_chunk<T>(model, block, tokens, state, omp_get_thread_num(), ahead);
         place_heads<T>(model, block, tokens, state, eps);
@@ -327,18 +332,18 @@ static void compute(
         attend<T>(model, block, tokens, state, first, ahead);
         wait();
         auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
-        project(block.out, count, attended, stream, ahead);
+        project(block.out, count, attended, stream, work(), ahead);
         wait_before(block.gate);
-        project_gated(model, block, tokens, state, eps, ahead);
+        project_gated(model, block, tokens, state, eps, work(), ahead);
         wait_before(block.down);
         auto gated = [&](long i, float* to) {
             std::memcpy(to, state.wide + i * state.wide_row, block.ffn_dim * sizeof(float));
         };
-        project(block.down, count, gated, stream, ahead);
+        project(block.down, count, gated, stream, work(), ahead);
         wait_before_layer(layer + 1);
     }
     auto normalised = [&](long i, float* to) { normalise(state.x + i * dim, model.norm, dim, eps, to); };
-    project(model.head, count, normalised, {logits, model.head.rows}, ahead);
+    project(model.head, count, normalised, {logits, model.head.rows}, work(), ahead);
 }
 
 }  // namespace openelm
@@ -365,6 +370,9 @@ extern "C" void openelm_decode(
     state.wide = state.x + stream;
     state.attended = state.wide + wide;
     Barrier barrier;
+    Pieces pieces_of[2] = {Pieces(threads), Pieces(threads)};
 #pragma omp parallel num_threads(threads)
-    by_dtype(model.cache_is_bf16, [&](auto kind) { compute<decltype(kind)>(model, tokens, state, barrier, eps, logits); });
+    by_dtype(model.cache_is_bf16, [&](auto kind) {
+        compute<decltype(kind)>(model, tokens, state, barrier, pieces_of, eps, logits);
+    });
 }

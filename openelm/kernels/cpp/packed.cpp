@@ -102,10 +102,12 @@ extern "C" void openelm_packed_linear(
             auto inputs = inputs_of<K>(weight, count, (const decltype(x_kind)*)x, x_stride, threads);
             by_dtype(out_is_bf16, [&](auto out_kind) {
                 Output<decltype(out_kind)> output{(decltype(out_kind)*)out, out_stride};
+                Pieces work(threads);
 #pragma omp parallel num_threads(team(count * weight.rows * weight.columns, threads))
                 {
-                    auto [first, last] = my_tiles(weight);
-                    multiply<K>(weight, first, last, count, inputs, output);
+                    set_pieces(work, weight, count);
+#pragma omp barrier
+                    for (long piece; (piece = work.take()) >= 0;) multiply<K>(weight, piece, count, inputs, output);
                 }
             });
         });

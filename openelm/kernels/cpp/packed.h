@@ -6,6 +6,7 @@
 // of rows, for any number of threads.
 #pragma once
 
+#include "team.h"
 #include "vector.h"
 #include <cfloat>
 
@@ -239,27 +240,31 @@ void multiply_some(
     multiply_tiles<K, tiles, most>(weight, tile, x, out, ask);
 }
 
-// Tiles first … last - 1 of a weight times `count` rows of inputs.
+// How many tiles are taken together for so many rows of inputs, and in how many pieces of that a weight falls.
+inline long tiles_of_piece(long count) { return count <= INPUTS ? 1 : TILES; }
+inline long pieces(const Weight& weight, long count) {
+    long together = tiles_of_piece(count);
+    return (weight.count() + together - 1) / together;
+}
+
+// A piece of a weight times `count` rows of inputs.
 //
-// Few inputs take one tile after the other, and ask for memory a little ahead of it. Many take TILES at a time, which come
-// from the caches but for the first time, and ask for the next ones meanwhile.
+// Few inputs take one tile, and ask for memory a little ahead of it. Many take TILES at a time, which come from the
+// caches but for the first time, and ask for the next ones meanwhile.
 template <class K, class T>
-void multiply(const Weight& weight, long first, long last, long count, Inputs<typename K::Input> x, Output<T> out) {
+void multiply(const Weight& weight, long piece, long count, Inputs<typename K::Input> x, Output<T> out) {
     long bytes = tile_bytes<K>(weight);
-    if (count <= INPUTS) {
-        for (long tile = first; tile < last; tile++)
-            multiply_some<K, 1>(count, weight, tile, x, out, weight.tiles + tile * bytes + AHEAD);
-        return;
+    if (count <= INPUTS)
+        return multiply_some<K, 1>(count, weight, piece, x, out, weight.tiles + piece * bytes + AHEAD);
+    long tile = piece * TILES;
+    for (long i = 0, pass = 0; i < count; i += INPUTS, pass++) {
+        const uint8_t* ask = pass < TILES ? weight.tiles + (tile + TILES + pass) * bytes : nullptr;
+        long together = std::min(INPUTS, count - i);
+        if (TILES > 1 && weight.count() - tile < TILES)
+            multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), ask);
+        else
+            multiply_some<K, TILES>(together, weight, tile, x.from(i), out.from(i), ask);
     }
-    for (long tile = first; tile < last; tile += TILES)
-        for (long i = 0, pass = 0; i < count; i += INPUTS, pass++) {
-            const uint8_t* ask = pass < TILES ? weight.tiles + (tile + TILES + pass) * bytes : nullptr;
-            long together = std::min(INPUTS, count - i);
-            if (TILES > 1 && last - tile < TILES)
-                multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), ask);
-            else
-                multiply_some<K, TILES>(together, weight, tile, x.from(i), out.from(i), ask);
-        }
 }
 
 // Puts a row of inputs where `multiply` wants it: `columns` numbers and a zero where they are odd.
@@ -388,14 +393,11 @@ template <class K, class T> void read_row(const Weight& weight, long row, T* to)
     }
 }
 
-struct Share {
-    long first, last;
-};
-
-// A thread's share of a weight: neighbouring tiles.
-inline Share my_tiles(const Weight& weight) {
-    long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    return {weight.count() * thread / threads, weight.count() * (thread + 1) / threads};
+// Sets a thread's own pieces of a weight, neighbours, and returns the first one.
+inline long set_pieces(Pieces& all, const Weight& weight, long count) {
+    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), number = pieces(weight, count);
+    all.set(number * thread / threads, number * (thread + 1) / threads);
+    return number * thread / threads;
 }
 
 // Calls with a value of the weight's kind.

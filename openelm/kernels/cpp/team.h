@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <omp.h>
 #include <sched.h>
+#include <vector>
 
 namespace openelm {
 
@@ -27,6 +29,39 @@ class Barrier {
 
   private:
     std::atomic<long> arrived_{0}, round_{0};
+};
+
+// Pieces of work that all threads share: each takes its own from the front, and, when it has none left, those of others
+// from the back. Which of them is late is memory's mood.
+class Pieces {
+  public:
+    // Before anybody takes one: each thread sets its own.
+    void set(long first, long last) { range_[omp_get_thread_num()].both = pair(first, last); }
+
+    // The next one for this thread, or -1.
+    long take() {
+        long me = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (long turn = 0; turn < threads; turn++) {
+            auto& both = range_[(me + turn) % threads].both;
+            uint64_t found = both.load(std::memory_order_relaxed);
+            for (;;) {
+                long first = found >> 32, last = found & 0xffffffff;
+                if (first >= last) break;
+                uint64_t rest = turn == 0 ? pair(first + 1, last) : pair(first, last - 1);
+                if (both.compare_exchange_weak(found, rest, std::memory_order_relaxed)) return turn == 0 ? first : last - 1;
+            }
+        }
+        return -1;
+    }
+
+    explicit Pieces(long threads) : range_(threads) {}
+
+  private:
+    static uint64_t pair(long first, long last) { return uint64_t(first) << 32 | uint64_t(last); }
+    struct alignas(64) Range {
+        std::atomic<uint64_t> both{0};
+    };
+    std::vector<Range> range_;
 };
 
 // Calls with every task that falls to this thread: they are dealt out one after the other.
