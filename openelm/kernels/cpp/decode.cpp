@@ -236,17 +236,24 @@ static void attend(
 
 // The heads of a token, each put together from its chunks in order.
 static void gather(const Model& model, const Block& block, const Tokens& tokens, const State& state, long token, float* to) {
-    long dim = model.head_dim, chunks = tokens.chunks(token);
-    for (long head = 0; head < block.query_heads; head++, to += dim) {
+    long dim = model.head_dim, chunks = tokens.chunks(token), heads = block.query_heads;
+    // Other threads have written most of it: all is asked for before any of it is waited for.
+    for (long head = 0; head < heads; head++)
+        ask_for((const uint8_t*)state.partial(model, block, token, head, 0), chunks * (dim + 2) * sizeof(float));
+    for (long head = 0; head < heads; head++, to += dim) {
         auto part = [&](long chunk) { return state.partial(model, block, token, head, chunk); };
         float most = part(0)[dim], total = 0;
         for (long c = 1; c < chunks; c++) most = std::max(most, part(c)[dim]);
-        std::memset(to, 0, dim * sizeof(float));
-        for (long c = 0; c < chunks; c++) {
-            float share = std::exp(part(c)[dim] - most);
-            total += share * part(c)[dim + 1];
+        for (long first = 0; first < chunks; first += WIDTH) {
+            long here = std::min(WIDTH, chunks - first);
+            float shares[WIDTH] = {};
+            for (long c = 0; c < here; c++) shares[c] = part(first + c)[dim] - most;
+            store(shares, exp(load(shares)));
+            for (long c = 0; c < here; c++) total += shares[c] * part(first + c)[dim + 1];
             by_vectors(dim, [&](long k, long n) {
-                store_some(to + k, load_some(to + k, n) + share * load_some(part(c) + k, n), n);
+                vec sum = first ? load_some(to + k, n) : vec{};
+                for (long c = 0; c < here; c++) sum += shares[c] * load_some(part(first + c) + k, n);
+                store_some(to + k, sum, n);
             });
         }
         by_vectors(dim, [&](long k, long n) { store_some(to + k, load_some(to + k, n) / total, n); });

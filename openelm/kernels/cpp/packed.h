@@ -19,7 +19,7 @@ constexpr long TILES = 2, INPUTS = 6;  // tiles and rows of inputs at a time: th
 #else
 constexpr long TILES = 1, INPUTS = 4;
 #endif
-constexpr long AHEAD = 4096;  // bytes from what is read to what memory is asked for
+constexpr long AHEAD = 6144;  // bytes from what is read to what memory is asked for
 
 enum Kind : long { FLOAT32, BFLOAT16, EIGHT_BITS, FOUR_BITS };
 
