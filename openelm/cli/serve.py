@@ -11,7 +11,8 @@ from pathlib import Path
 
 from openelm.errors import ConfigError
 from openelm.model.device import choose_device
-from openelm.model.folder import is_chat_tuned, load_model
+from openelm.model.folder import is_chat_tuned
+from openelm.model.packed import load_packed
 from openelm.text.tokenizer import load_tokenizer
 
 
@@ -29,7 +30,7 @@ def serve(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.model)
     key_file = Path(arguments.api_key_file) if arguments.api_key_file else None
     place = Place(arguments.host, arguments.port, arguments.allow_host, read_keys(os.environ, key_file))
-    model = load_model(folder, device=choose_device(arguments.device))
+    model = load_packed(folder, device=choose_device(arguments.device))
     served = Served(
         model=model,
         tokenizer=load_tokenizer(folder),

@@ -15,7 +15,8 @@ from openelm.generate.request import Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.generate.speculative import DraftModel, PromptLookup
 from openelm.model.device import choose_device
-from openelm.model.folder import is_chat_tuned, load_model
+from openelm.model.folder import is_chat_tuned
+from openelm.model.packed import load_packed
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,7 +40,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
     folder = Path(arguments.model)
     sampling = _sampling(arguments)
-    model, tokenizer = load_model(folder, device=choose_device(arguments.device)), load_tokenizer(folder)
+    model, tokenizer = load_packed(folder, device=choose_device(arguments.device)), load_tokenizer(folder)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt.replace("\\n", "\n")
     ids = prompt_ids(tokenizer, prompt)
     length = max(1, min(model.config.max_context_length, len(ids) + sampling.max_tokens))
@@ -58,7 +59,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Read lines and answer them until the input ends."""
     folder = Path(arguments.model)
     sampling = _sampling(arguments)
-    model, tokenizer = load_model(folder, device=choose_device(arguments.device)), load_tokenizer(folder)
+    model, tokenizer = load_packed(folder, device=choose_device(arguments.device)), load_tokenizer(folder)
     talk: Conversation | Continuation
     if is_chat_tuned(folder):
         talk = Conversation(model, tokenizer, sampling, system=arguments.system)
@@ -80,7 +81,7 @@ def chat(arguments: argparse.Namespace) -> int:
 def _proposer(arguments: argparse.Namespace, model: OpenELM, length: int) -> Proposer | None:
     if arguments.speculate in (None, "lookup"):
         return None if arguments.speculate is None else PromptLookup()
-    draft = load_model(Path(arguments.speculate), device=choose_device(arguments.device))
+    draft = load_packed(Path(arguments.speculate), device=choose_device(arguments.device))
     return DraftModel(draft, model, slots=1, length=length)
 
 

@@ -13,7 +13,7 @@ from openelm.kernels.attention import attention
 from openelm.kernels.decode import Block, DecodeKernel
 from openelm.kernels.packed import PackedMatrix
 from openelm.model.cache import KeyValueCache
-from openelm.model.packed import is_packed, packed
+from openelm.model.packed import is_packed, pack_model
 from openelm.model.transformer import Layer, OpenELM
 
 _TOKENS_AT_ONCE = 64
@@ -42,7 +42,7 @@ class Decoder:
                 fix="use fewer tokens",
             )
         scale = model.transformer.norm.weight
-        self._model, self.device = model if is_packed(model) else packed(model) or model, scale.device
+        self._model, self.device = model if is_packed(model) else pack_model(model) or model, scale.device
         self._cache = KeyValueCache(model.config.plan, slots, length, dtype=scale.dtype, device=scale.device)
         self._rows = [self._cache.row(slot) for slot in range(slots)]
         self._kernel = _kernel(self._model, self._cache)

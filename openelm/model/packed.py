@@ -15,7 +15,7 @@ from openelm.kernels.packed import Layout, PackedMatrix, memory_for
 from openelm.model.folder import load_model, open_model
 from openelm.model.quantized import BIASES, SCALES, WORDS, QuantizedEmbedding, QuantizedLinear
 from openelm.model.transformer import FeedForward, Linear, OpenELM
-from openelm.model.weights import LazyTensor, Weights
+from openelm.model.weights import Weights, in_memory
 
 
 class PackedModule(nn.Module):
@@ -31,15 +31,22 @@ class PackedModule(nn.Module):
             return self.parts[0].product(x)
         layout = self.parts[0].layout
         out = torch.empty(*x.shape[:-1], layout.rows * len(self.parts), dtype=layout.dtype)
-        for part, place in zip(self.parts, out.split(layout.rows, dim=-1), strict=True):
+        for part, place in zip(self.parts, out.chunk(len(self.parts), dim=-1), strict=True):
             part.product(x, place)
         return out
 
+    @property
+    def weight(self) -> Tensor:
+        """Refuse: there is no matrix that could be trained or saved."""
+        raise _for_generation_alone()
+
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        raise ConfigError(
-            "the matrices of this model are packed for generation and cannot be saved or trained",
-            fix="use what load_model gives",
-        )
+        raise _for_generation_alone()
+
+
+def _for_generation_alone() -> ConfigError:
+    what = "the matrices of this model are packed for generation, and can be neither trained nor saved"
+    return ConfigError(what, fix="use what load_model gives")
 
 
 class PackedLinear(PackedModule):
@@ -57,25 +64,20 @@ class PackedEmbedding(PackedModule):
 
 
 def is_packed(model: OpenELM) -> bool:
-    """Tell whether a model comes from `packed` or `load_packed`."""
+    """Tell whether a model comes from `pack_model` or `load_packed`."""
     return isinstance(model.transformer.token_embeddings, PackedModule)
 
 
-def packed(model: OpenELM) -> OpenELM | None:
+def pack_model(model: OpenELM) -> OpenELM | None:
     """Pack a copy of a model for generation; what happens to the weights later is not seen.
 
     The copy takes as much memory again, and needs nothing of the model that was given, which may go. None where the
     kernels do not take all of it as it is: other devices and dtypes, adapters, weights shared by several processes.
     """
-    if any(type(parameter) is not nn.Parameter or parameter.is_meta for parameter in model.parameters()):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu" for tensor in tensors.values()):
         return None
-    held = {
-        name: LazyTensor(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor.detach())  # type: ignore[misc]
-        for name, tensor in model.state_dict().items()
-    }
-    if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
-        return None
-    return _packed(model, held)
+    return _packed(model, in_memory(tensors))
 
 
 def load_packed(folder: Path, *, device: torch.device | str = "cpu") -> OpenELM:
@@ -123,8 +125,8 @@ def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
 
 def _layout(name: str, module: nn.Module, weights: Weights) -> Layout | None:
     if type(module) in (Linear, nn.Embedding):
-        weight = weights[name + WORDS]
-        return Layout(*weight.shape, weight.dtype)
+        rows, columns = weights[name + WORDS].shape
+        return Layout(rows, columns, weights[name + WORDS].dtype)
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         kind, scales = module.quantization, weights[name + SCALES]
         rows, groups = scales.shape

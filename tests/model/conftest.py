@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from openelm.kernels.quantized import dequantised
 from openelm.model.config import ModelConfig
+from openelm.model.folder import save_weights
+from openelm.model.quantized import packed, rounded
 from openelm.model.transformer import OpenELM
+from openelm.model.weights import in_memory
 
 from ..conftest import randomise
 
 MakeModel = Callable[..., OpenELM]
+MakeFolder = Callable[..., Path]
+GROUPED = ModelConfig.parse(
+    {
+        "vocab_size": 40,
+        "max_context_length": 64,
+        "num_transformer_layers": 3,
+        "model_dim": 64,
+        "head_dim": 16,
+        "num_query_heads": [2, 4, 6],
+        "num_kv_heads": [1, 2, 3],
+        "ffn_multipliers": [0.5, 1.0, 1.5],
+        "ffn_dim_divisor": 32,
+    }
+)
+"""Rows of whole groups of 32."""
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +75,24 @@ def model(make_model: MakeModel) -> OpenELM:
 def tokens() -> torch.Tensor:
     """Three rows of 13 tokens."""
     return torch.randint(31, (3, 13), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """Return a maker of quantised folders, and beside each, in `plain`, the numbers that its words stand for."""
+
+    def make(bits: int = 4, group: int = 32, dtype: torch.dtype = torch.float32, **fields: object) -> Path:
+        config = GROUPED.model_copy(update=fields)
+        weights = in_memory(randomise(OpenELM(config)).to(dtype).state_dict())
+        words = packed(weights, bits, group, lambda name: rounded(weights[name].read(), bits, group))
+        save_weights(tmp_path / "packed", config, words, quantization={"group_size": group, "bits": bits})
+        whole = {
+            name: dequantised(*rounded(tensor.read(), bits, group), bits, group)
+            if tensor.shape[-1] % group == 0 and len(tensor.shape) == 2
+            else tensor.read()
+            for name, tensor in weights.items()
+        }
+        save_weights(tmp_path / "plain", config, in_memory(whole))
+        return tmp_path / "packed"
+
+    return make

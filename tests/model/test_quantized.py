@@ -14,50 +14,12 @@ from safetensors.torch import load_file, save_file
 from openelm.errors import CheckpointError, ConfigError
 from openelm.kernels.quantized import dequantised, pack, quantized_linear, unpack
 from openelm.model.cache import KeyValueCache
-from openelm.model.config import ModelConfig
-from openelm.model.folder import load_model, save_model, save_weights
-from openelm.model.quantized import Quantization, QuantizedEmbedding, QuantizedLinear, packed, rounded
-from openelm.model.transformer import OpenELM
-from openelm.model.weights import in_memory
+from openelm.model.folder import load_model, save_model
+from openelm.model.quantized import Quantization, QuantizedEmbedding, QuantizedLinear, rounded
 
-from ..conftest import randomise
+from .conftest import GROUPED, MakeFolder
 
-CONFIG = ModelConfig.parse(
-    {
-        "vocab_size": 40,
-        "max_context_length": 64,
-        "num_transformer_layers": 3,
-        "model_dim": 64,
-        "head_dim": 16,
-        "num_query_heads": [2, 4, 6],
-        "num_kv_heads": [1, 2, 3],
-        "ffn_multipliers": [0.5, 1.0, 1.5],
-        "ffn_dim_divisor": 32,
-    }
-)
 TOKENS = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
-MakeFolder = Callable[..., Path]
-
-
-@pytest.fixture
-def make_folder(tmp_path: Path) -> MakeFolder:
-    """Return a maker of quantised folders, and beside each, in `plain`, the numbers that its words stand for."""
-
-    def make(bits: int = 4, group: int = 32, dtype: torch.dtype = torch.float32, **fields: object) -> Path:
-        config = CONFIG.model_copy(update=fields)
-        weights = in_memory(randomise(OpenELM(config)).to(dtype).state_dict())
-        words = packed(weights, bits, group, lambda name: rounded(weights[name].read(), bits, group))
-        save_weights(tmp_path / "packed", config, words, quantization={"group_size": group, "bits": bits})
-        whole = {
-            name: dequantised(*rounded(tensor.read(), bits, group), bits, group)
-            if tensor.shape[-1] % group == 0 and len(tensor.shape) == 2
-            else tensor.read()
-            for name, tensor in weights.items()
-        }
-        save_weights(tmp_path / "plain", config, in_memory(whole))
-        return tmp_path / "packed"
-
-    return make
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -133,7 +95,7 @@ def test_bfloat16_and_a_cast_to_float32(make_folder: MakeFolder) -> None:
 
 def test_decoding_with_a_cache_is_the_full_forward_pass(make_folder: MakeFolder) -> None:
     model = load_model(make_folder())
-    cache = KeyValueCache(CONFIG.plan, 2, 20)
+    cache = KeyValueCache(GROUPED.plan, 2, 20)
     with torch.no_grad():
         steps = [model(TOKENS[:, :9], cache=cache), *(model(TOKENS[:, i : i + 1], cache=cache) for i in range(9, 20))]
         torch.testing.assert_close(torch.cat(steps, 1), model(TOKENS), atol=1e-5, rtol=1e-5)
