@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openelm.kernels.quantized import quantized_linear
 from openelm.model import decoding, static_step
@@ -146,6 +148,39 @@ def test_a_slot_whose_numbers_are_not_finite_can_be_cleared(make_model: MakeMode
     torch.testing.assert_close(decoder.step([int(ids[0, 4])], [1])[0], wanted, **CLOSE)
 
 
+@pytest.fixture(scope="module")
+def layered() -> ModelConfig:
+    """Six layers of six widths and two numbers of heads."""
+    choice = ModelChoice(
+        layers=6, dim=64, head_dim=16, gqa_groups=2, qkv_multipliers=(0.5, 1.0), ffn_dim_divisor=32, context=600
+    )
+    config = choice.config(31)
+    assert len(set(config.plan.ffn_dims)) == 6 and len(set(config.plan.query_heads)) == 2
+    return config
+
+
+class Reading(TorchDispatchMode):
+    """Refuses what makes a device bring numbers to the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        aten = torch.ops.aten
+        assert function.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select)
+        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):  # a mask's places are counted
+            assert all(index is None or index.dtype == torch.int64 for index in arguments[1])
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("slots", [[0], [2, 0], [4], [1, 1, 0]], ids=str)
+def test_no_operator_of_a_step_needs_a_number_on_the_host(make_model: MakeModel, slots: list[int]) -> None:
+    decoder = Decoder(make_model(torch.float64), 5, 40)  # float64: nothing of it is in C++
+    shape, table = decoder._static._laid_out(slots, slots, list(range(3, 3 + len(slots))))
+    decoder._static._logits(shape, table)  # makes the rotary table, which is not part of a step
+    with torch.no_grad(), Reading():  # which inference mode would not ask
+        decoder._static._logits(shape, table)
+    with pytest.raises(AssertionError), Reading():
+        int(table[0, 0])
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Choose what takes the place of Inductor, and forget what was compiled before and since."""
@@ -158,17 +193,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
 
     yield choose
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def layered() -> ModelConfig:
-    """Six layers of six widths and two numbers of heads."""
-    choice = ModelChoice(
-        layers=6, dim=64, head_dim=16, gqa_groups=2, qkv_multipliers=(0.5, 1.0), ffn_dim_divisor=32, context=600
-    )
-    config = choice.config(31)
-    assert len(set(config.plan.ffn_dims)) == 6 and len(set(config.plan.query_heads)) == 2
-    return config
 
 
 def quantized(model: OpenELM, bits: int) -> OpenELM:
