@@ -1,9 +1,9 @@
 """Check and time everything on one CUDA GPU in one call of at most ten minutes: python -m benchmarks.gpu.
 
-First whether the arithmetic is right, then attention alone, then training steps at length 2048 by every way there is,
-the most telling first, then decoding. Results are written as they come, to --out, to $OUT, or to benchmarks/results;
-what does not fit in memory or in the minutes is named as skipped, and a table comes last. With --smoke everything runs
-in small on any device, which says nothing about speed.
+First whether the arithmetic is right, then attention and decoding, then training steps at length 2048 by every way
+there is, the most telling first. Results are written as they come, to --out, to $OUT, or to benchmarks/results; what
+does not fit in memory or in the minutes is named as skipped, and a table comes last. With --smoke everything runs in
+small on any device, which says nothing about speed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import gpu_checks
-from benchmarks.gpu_steps import Case, Variant, build_updater, measure, synchronize
+from benchmarks.gpu_decode import PLAIN, decode_line, decode_times
+from benchmarks.gpu_steps import Case, Variant, measure
 from openelm.kernels.cross_entropy import linear_cross_entropy
-from openelm.model.cache import KeyValueCache
 from openelm.model.sizes import ModelChoice, model_size
 from openelm.model.transformer import OpenELM
 
@@ -137,7 +136,7 @@ def measure_all(report: Report, options: argparse.Namespace, device: torch.devic
     report.keep("repeats", report.attempt(lambda: gpu_checks.repeats(device, small, rows, length)))
     shape = {"rows": 1, "length": 64, "heads": (2, 1)} if smoke else {"rows": 8, "length": 2048, "heads": (16, 4)}
     report.keep("attention", report.attempt(lambda: gpu_checks.attention_times(device, **shape)))
-    report.keep("decode", report.attempt(lambda: decode(device, None if smoke else "270m")))
+    report.keep("decode", report.attempt(lambda: decode_times(device, None if smoke else "1.1b", PLAIN)))
     report.keep("length", 32 if smoke else 2048)
     report.keep("training", [])
     listed = variants({"smoke": 2} if smoke else ROWS)
@@ -206,30 +205,6 @@ def matmul_flops(device: torch.device, size: int) -> float:
     return 2 * size**3 / gpu_checks.timed(lambda: torch.mm(a, b, out=out), device, warm=5)
 
 
-@torch.inference_mode()
-def decode(device: torch.device, size: str | None) -> dict[str, Any]:
-    """Time greedy decoding, one row, bf16 weights: 64 tokens after a prompt of 256."""
-    choice, prompt_tokens, tokens = (ModelChoice(size=size), 256, 64) if size else (SMOKE, 8, 4)
-    model = build_updater(choice, device, 1, 8, OFF, 32_128 if size else 97).model.bfloat16()
-    prompt = torch.randint(0, 97, (1, prompt_tokens), generator=torch.Generator().manual_seed(2)).to(device)
-    cache = KeyValueCache(model.config.plan, 1, prompt_tokens + tokens, dtype=torch.bfloat16, device=device)
-
-    def run() -> None:
-        cache.truncate(0)
-        token = model.logits(model.hidden(prompt, cache=cache)[:, -1:]).argmax(-1)
-        for _ in range(tokens - 1):
-            token = model(token, cache=cache).argmax(-1)
-
-    seconds = []
-    for _ in range(4):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return {"tokens_per_second": round(tokens / median(seconds), 1), "prompt_tokens": prompt_tokens, "tokens": tokens}
-
-
 def failures(values: dict[str, Any]) -> list[str]:
     """Name what is wrong, rather than slow or missing."""
     kernels = values["kernel_errors"]
@@ -259,8 +234,10 @@ def table(values: dict[str, Any]) -> str:
     for row in errors if isinstance(errors, list) else []:
         verdict = f"error {row['error']:.1e}" if row["error"] is not None else row["why"]
         lines.append(f"{row['kernel']:24} {row['precision']:5} {verdict} {'ok' if row['ok'] else 'WRONG'}")
-    for name in ("loss", "steady_step", "compiled", "repeats", "decode"):
+    for name in ("loss", "steady_step", "compiled", "repeats"):
         lines.append(f"{name}: " + " ".join(f"{key}={value}" for key, value in values.get(name, {}).items()))
+    decoded = values.get("decode", [])
+    lines += [decode_line(row) for row in decoded] if isinstance(decoded, list) else [f"decode: {decoded['skipped']}"]
     attention = values.get("attention", [])
     for row in attention if isinstance(attention, list) else []:
         lines.append(f"attention {row['kernel']:24} " + str(row.get("milliseconds", row.get("skipped"))))

@@ -31,12 +31,20 @@ def test_the_table_has_every_section_and_nothing_is_wrong(tmp_path: Path) -> Non
     assert {row["kernel"] for row in found["kernel_errors"]} >= {"attention, documents", "documents, flex"}
     assert found["loss"]["ok"] and found["compiled"]["ok"]
     assert found["repeats"]["deterministic"]
+    assert [row["rows"] for row in found["decode"] if row["tokens_per_second"] > 0] == [1, 3, 1, 3]
     sides = {row["side"]: row for row in found["training"]}
     assert {"ours", "ours, compiled", "baseline", "compiled, documents", "compiled, float8", "exact"} <= sides.keys()
     assert sides["ours"]["first_loss"] == pytest.approx(sides["ours, compiled"]["first_loss"], rel=0.01)
     assert "needs CUDA capability" in sides["compiled, float8"]["skipped"]
     last = out.strip().splitlines()
     assert "ours, compiled" in "".join(last[-25:])
+
+
+@pytest.mark.timeout(900)
+def test_decoding_is_timed_by_every_side() -> None:
+    lines = run("benchmarks.gpu_decode", "--device", "cpu", "--smoke").splitlines()
+    assert len(lines) == 8 and all("tokens/s" in line for line in lines)
+    assert sum("recorded, compiled" in line for line in lines) == 4
 
 
 @pytest.mark.timeout(900)

@@ -60,6 +60,7 @@ class Engine:
         length: tokens a slot holds; by default the model's context, which is also the most.
         chunk: tokens of a prompt that are read in a step.
         proposer: guesses tokens that are then computed together.
+        compiles: whether steps go through torch.compile where no C++ kernel takes them: for GPUs.
 
     Raises:
         ConfigError: the tokenizer is not the model's.
@@ -74,6 +75,7 @@ class Engine:
         length: int | None = None,
         chunk: int = 256,
         proposer: Proposer | None = None,
+        compiles: bool = False,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ConfigError(
@@ -83,7 +85,7 @@ class Engine:
         context = model.config.max_context_length
         self._length = min(context, length or context)
         self._tokenizer, self._chunk, self._proposer = tokenizer, chunk, proposer
-        self._decoder = Decoder(model, slots, self._length)
+        self._decoder = Decoder(model, slots, self._length, compiles=compiles)
         self._slots = [_Slot(index) for index in range(slots)]
         self._waiting: deque[Generation] = deque()
         self._reading: deque[_Slot] = deque()
@@ -280,6 +282,8 @@ class Engine:
         assert slot.generation is not None
         slot.generation.fail(error)
         self._free(slot.generation)
+        self._decoder.clear(slot.index)
+        slot.ids = []
 
     def _free(self, generation: Generation) -> None:
         """Take a request out of its slot; what the slot holds of the text stays for others of its scope."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openelm.kernels.linear import linear
 from openelm.kernels.native import call, runs_native
+from openelm.kernels.precision import matmul_dtype, wide_dtype
 
 WORD_BITS = 32
 
@@ -63,9 +64,25 @@ def quantized_linear(x: Tensor, words: Tensor, scales: Tensor, biases: Tensor, b
 
     Follows torch.autocast, as `linear` does. Nothing of it learns.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_linear(x, dequantised(words, scales, biases, bits, group))
+    if scales.device.type != "cpu":  # memory costs nothing there, and a CUDA graph must not meet what others replace
+        return linear(x, dequantised(words, scales, biases, bits, group))
     columns = words.shape[1] * WORD_BITS // bits
     count, kept = words.shape[0] * columns, getattr(_kept, "numbers", None)
-    if kept is None or kept.numel() < count or kept.dtype != scales.dtype or kept.device != scales.device:
+    if kept is None or kept.numel() < count or kept.dtype != scales.dtype:
         kept = _kept.numbers = scales.new_empty(count)
     out = kept[:count].view(words.shape[0], columns)
     return linear(x, dequantised(words, scales, biases, bits, group, out=out))
+
+
+def _compiled_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply a single row without a matrix product: then the compiler makes one loop of it, which reads words.
+
+    Several rows get a matrix of numbers first: in such a loop each row would read all words again.
+    """
+    if x.numel() != x.shape[-1]:
+        return linear(x, weight)
+    wide, dtype = wide_dtype(weight.dtype), matmul_dtype(x, weight)
+    products = x.reshape(-1).to(dtype).to(wide) * weight.to(dtype).to(wide)
+    return products.sum(-1).to(dtype).view(*x.shape[:-1], len(weight))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from openelm.errors import ConfigError
-from openelm.kernels.attention import attention
 from openelm.kernels.decode import Block, DecodeKernel
 from openelm.kernels.packed import PackedMatrix
 from openelm.model.cache import KeyValueCache
 from openelm.model.packed import is_packed, pack_model
+from openelm.model.static_step import StaticStep
 from openelm.model.transformer import Layer, OpenELM
 
 _TOKENS_AT_ONCE = 64
@@ -30,12 +30,13 @@ class Decoder:
         model: may be packed already (`model.packed.load_packed`); the copy is not made then.
         slots: sequences that have room side by side.
         length: tokens that fit in a slot.
+        compiles: whether steps go through torch.compile where no C++ kernel takes them.
 
     Raises:
         ConfigError: `length` is beyond the model's rotary table.
     """
 
-    def __init__(self, model: OpenELM, slots: int, length: int) -> None:
+    def __init__(self, model: OpenELM, slots: int, length: int, *, compiles: bool = False) -> None:
         if length > model.config.rope_max_length:
             raise ConfigError(
                 f"{length} positions, but the model's rotary table ends at {model.config.rope_max_length}",
@@ -46,6 +47,7 @@ class Decoder:
         self._cache = KeyValueCache(model.config.plan, slots, length, dtype=scale.dtype, device=scale.device)
         self._rows = [self._cache.row(slot) for slot in range(slots)]
         self._kernel = _kernel(self._model, self._cache)
+        self._static = StaticStep(self._model, self._cache, compiles=compiles)
 
     def used(self, slot: int) -> int:
         """Count the tokens that a slot holds."""
@@ -54,6 +56,12 @@ class Decoder:
     def truncate(self, slot: int, tokens: int) -> None:
         """Forget everything in a slot after its first `tokens` tokens."""
         self._rows[slot].truncate(tokens)
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot, numbers and all: where they are not finite, steps of fixed shapes must not read them."""
+        for part in (*self._cache.keys, *self._cache.values):
+            part[slot].zero_()
+        self._rows[slot].used = 0
 
     def copy(self, source: int, slot: int, tokens: int) -> None:
         """Let a slot hold the first `tokens` tokens of another one, and nothing else."""
@@ -89,36 +97,12 @@ class Decoder:
         for slot, used in places.items():
             self._rows[slot].used = used
         if self._kernel is None:
-            return self._step_through_layers(ids, slots, positions)
+            with torch.inference_mode():
+                return self._static.step(ids, slots, positions)
         if len(ids) <= _TOKENS_AT_ONCE:
             return self._kernel.step(ids, slots, positions)
         pieces = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids), _TOKENS_AT_ONCE)]
         return torch.cat([self._kernel.step(ids[piece], slots[piece], positions[piece]) for piece in pieces])
-
-    @torch.inference_mode()
-    def _step_through_layers(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        tokens = torch.tensor(ids, device=self.device)
-        where = torch.tensor(positions, device=self.device)
-        states = self._model.next_states(tokens, where, _Company(self._cache, slots, positions))
-        return self._model.logits(states).float()
-
-
-class _Company:
-    """The cache as the tokens of one step see it: each has a slot and a position."""
-
-    def __init__(self, cache: KeyValueCache, slots: Sequence[int], positions: Sequence[int]) -> None:
-        self._cache, self._places = cache, list(zip(slots, positions, strict=True))
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Keep keys and values (1, heads, R, head_dim) where they belong; each query sees its own slot."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        for index, (slot, position) in enumerate(self._places):
-            keys[slot, :, position], values[slot, :, position] = key[0, :, index], value[0, :, index]
-        found = [
-            attention(query[:, :, index, None], keys[slot, None, :, : place + 1], values[slot, None, :, : place + 1])
-            for index, (slot, place) in enumerate(self._places)
-        ]
-        return torch.cat(found, dim=1)
 
 
 def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias
 
@@ -299,15 +299,17 @@ class OpenELM(nn.Module):
         normalised: Tensor = self.transformer.norm(x)
         return normalised
 
-    def next_states(self, tokens: Tensor, positions: Tensor, cache: Attends) -> Tensor:
+    def next_states(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[Attends], compute: Callable[..., Tensor] = block
+    ) -> Tensor:
         """Return the final normalised states (R, D) of tokens (R,) at `positions` (R,), of sequences of their own.
 
-        They pass the layers as one row; `cache` keeps them apart.
+        They pass the layers as one row; each layer's cache keeps them apart. See `Layer.forward` for `compute`.
         """
         cos, sin = self.rotary.at(0, self.config.rope_max_length, tokens.device)
         x, rope = self.transformer.token_embeddings(tokens[None]), (cos[positions], sin[positions])
-        for layer in self.transformer.layers:
-            x = layer(x, rope, cache, None, block)
+        for layer, cache in zip(self.transformer.layers, caches, strict=True):
+            x = layer(x, rope, cache, None, compute)
         normalised: Tensor = self.transformer.norm(x)[0]
         return normalised
 

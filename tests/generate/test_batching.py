@@ -12,6 +12,7 @@ from openelm.generate.engine import Engine, generate, prompt_ids
 from openelm.generate.request import Generation, Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.generate.speculative import DraftModel, PromptLookup
+from openelm.model import decoding
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer
 
@@ -141,6 +142,21 @@ def test_what_fails_ends_alone(model: OpenELM, tokenizer: Tokenizer) -> None:
     good = engine.submit(prompt_ids(tokenizer, "In the"), config(9))
     assert finished(engine, bad, good)[1] == alone(model, tokenizer, "In the", config(9))
     assert isinstance(bad.error, NumericError) and good.error is None
+
+
+def test_numbers_of_a_request_that_failed_reach_nobody(
+    model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "pack_model", lambda model: None)  # steps of fixed shapes read whole slots
+    wanted = alone(model, tokenizer, "In the", config(9))
+    engine = Engine(model, tokenizer)
+    engine._decoder.prefill = _poisoned(engine._decoder.prefill)  # type: ignore[method-assign]
+    for part in (*engine._decoder._cache.keys, *engine._decoder._cache.values):
+        part.fill_(torch.nan)
+    bad = engine.submit(prompt_ids(tokenizer, "!"), config(9))
+    finished(engine, bad)
+    assert isinstance(bad.error, NumericError)
+    assert finished(engine, engine.submit(prompt_ids(tokenizer, "In the"), config(9))) == [wanted]
 
 
 def _poisoned(prefill):  # type: ignore[no-untyped-def]

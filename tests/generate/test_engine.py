@@ -44,6 +44,9 @@ class ScriptedDecoder:
     def truncate(self, slot: int, tokens: int) -> None:
         self.held = tokens
 
+    def clear(self, slot: int) -> None:
+        self.held = 0
+
     def copy(self, source: int, slot: int, tokens: int) -> None:
         self.held = tokens
 
@@ -62,8 +65,8 @@ class ScriptedDecoder:
 def scripts_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine_module.Decoder
 
-    def decoder(model: OpenELM | Scripted, slots: int, length: int) -> object:
-        return ScriptedDecoder(model) if isinstance(model, Scripted) else real(model, slots, length)
+    def decoder(model: OpenELM | Scripted, slots: int, length: int, **options: bool) -> object:
+        return ScriptedDecoder(model) if isinstance(model, Scripted) else real(model, slots, length, **options)
 
     monkeypatch.setattr(engine_module, "Decoder", decoder)
 
