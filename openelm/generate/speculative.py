@@ -10,10 +10,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from openelm.errors import ConfigError
 from openelm.generate.request import common_tokens
 from openelm.model.decoding import Decoder
 from openelm.model.transformer import OpenELM
+
+_FEW = 8
+"""So many tokens of one text cost a step little more than one does."""
 
 
 class PromptLookup:
@@ -70,8 +75,14 @@ class DraftModel:
             return []
         known = min(common_tokens(self._held[slot], ids), len(ids) - 1)
         self._decoder.truncate(slot, known)
-        guesses = [int(self._decoder.prefill(slot, ids[known:]).argmax())]
+        guesses = [int(self._after(slot, ids[known:]).argmax())]
         while len(guesses) < most:
             guesses.append(int(self._decoder.step(guesses[-1:], [slot])[0].argmax()))
         self._held[slot] = [*ids, *guesses[:-1]]
         return guesses
+
+    def _after(self, slot: int, ids: Sequence[int]) -> Tensor:
+        """Append ids to a slot, few in one step and many as a prompt; returns logits after the last one."""
+        if len(ids) > _FEW:
+            return self._decoder.prefill(slot, ids)
+        return self._decoder.step(ids, [slot] * len(ids))[-1]

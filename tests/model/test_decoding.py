@@ -66,6 +66,23 @@ def test_steps_after_prompts_of_any_length_are_the_full_forward(
         assert [decoder.used(slot) for slot in starts] == [place + 1 for place in here]
 
 
+@pytest.mark.skipif(native.kernels_name() == "torch", reason="torch's products depend on the number of rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stretches_in_which_a_prompt_is_read_change_no_bit(odd_config: ModelConfig, dtype: torch.dtype) -> None:
+    """What is found of a prompt in the cache is as if it had been read."""
+    model = random_model(odd_config, dtype)
+    ids = some_ids(model, LENGTH).tolist()
+    decoder = Decoder(model, 2, LENGTH)
+    whole = decoder.prefill(0, ids)
+    for cuts in ((1,), (LENGTH - 1,), (7, 8, 30)):
+        decoder.truncate(1, 0)
+        for start, end in zip((0, *cuts), (*cuts, LENGTH), strict=True):
+            logits = decoder.prefill(1, ids[start:end])
+        assert torch.equal(logits, whole)
+        for part in (*decoder._cache.keys, *decoder._cache.values):
+            assert torch.equal(part[1], part[0])
+
+
 def test_several_tokens_of_a_slot_follow_one_another(odd_config: ModelConfig, path: str) -> None:
     model = random_model(odd_config)
     ids = some_ids(model, 2, 12)
