@@ -78,11 +78,11 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         if importlib.util.find_spec("xllamacpp") is None:
             print("llama.cpp itself is skipped: pip install xllamacpp", file=sys.stderr)
         else:
-            for kind, bits in bits_of.items():
+            window = source.config.max_context_length
+            for kind in bits_of:
                 path = for_llama_cpp(source, tokenizer, Path(temporary) / kind, kind)
-                server = llama_cpp(path, source.config.max_context_length, options.threads)
-                window = source.config.max_context_length
-                yield f"llama.cpp itself, {kind}", forced_bits(server, tokenizer, texts, names, window), bits
+                value = forced_bits(llama_cpp(path, window, options.threads), tokenizer, texts, names, window)
+                yield f"llama.cpp itself, {kind}", value, bits_of[kind]
         calibration, _ = read_texts(options.calibration)
         for group in options.groups:
             for bits, method in ((8, "rtn"), (4, "rtn"), (4, "gptq")):

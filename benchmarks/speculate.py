@@ -133,7 +133,9 @@ class Said(NamedTuple):
 
 def said(engine: Engine, ids: list[int], tokenizer: Tokenizer) -> Said:
     bias = {} if tokenizer.eos_id is None else {tokenizer.eos_id: -100.0}
-    generation = engine.submit(ids, SamplingConfig(temperature=0, max_tokens=TOKENS, logit_bias=bias))
+    config = SamplingConfig(temperature=0, max_tokens=TOKENS, logit_bias=bias)
+    # A scope of its own: the rest of a prompt that was read before would be read alone, and rounded in another way.
+    generation = engine.submit(ids, config, scope=str(time.perf_counter_ns()))
     while not generation.generated_tokens:
         engine.step()
     steps, began = 0, time.perf_counter()
