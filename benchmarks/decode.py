@@ -1,7 +1,10 @@
 """Compare generation with other runtimes on the same weights: python -m benchmarks.decode [--json].
 
 Random weights of a published size, in bf16 and quantised to 8 and 4 bits; llama.cpp has the same numbers as BF16, Q8_0
-and Q4_0. The sides run in processes of their own and take turns; of each case the medians are printed:
+and Q4_0, onnxruntime those of bf16 in fp32, the dtype of our export. The sides run in processes of their own and take
+turns; a peer that is not installed is skipped, and said to be. On Linux mlx-lm takes a fifth of a second for a token
+and a tenth for one of a prompt, so it is asked for fewer and in fewer turns: `peer_asked`, `peer_turns`. Of each case
+the medians are printed:
 
     decode-*       tokens a second of one text behind a prompt of 256 tokens. `bandwidth_fraction`: what a plain reading
                    of the same weights takes of a token's time, in the same seconds
@@ -15,6 +18,7 @@ and Q4_0. The sides run in processes of their own and take turns; of each case t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +30,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.turns import SideEnded, Worker, in_turn
 
@@ -42,13 +46,28 @@ CASES = (
     "together-16",
     "load",
 )
+PEERS = ("llama.cpp", "plain", "transformers", "onnxruntime", "mlx-lm")
+DTYPES = {"onnxruntime": "fp32"}
+"""Of a peer whose numbers are wider than those of the case."""
 Turns = dict[str, list[dict[str, float]]]
+
+
+class Fewer(NamedTuple):
+    """The most that a slow peer is asked for."""
+
+    prompt: int
+    tokens: int
+    turns: int
+
+
+FEWER = {"mlx-lm": Fewer(prompt=64, tokens=8, turns=2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="270m")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those that are here")
@@ -56,14 +75,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        prepare(folder, options.size)
+        prepare(folder, options.size, options.peers)
         about = {"size": options.size, "threads": options.threads, "machine": processor(), "date": str(date.today())}
         for case in options.cases:
-            for line in measured(case, folder, options.threads, options.turns):
+            for line in measured(case, folder, options.threads, options.turns, options.peers):
                 print(json.dumps(line | about) if options.json else line, flush=True)
 
 
-def prepare(folder: Path, size: str) -> None:
+def prepare(folder: Path, size: str, peers: list[str]) -> None:
     """Write the models, all of the same numbers rounded to bf16."""
     from benchmarks.runtimes import random_model
     from openelm.convert.convert import Options, open_source, prepared, write
@@ -79,43 +98,42 @@ def prepare(folder: Path, size: str) -> None:
         random_model(folder / "fp32", size)
     export("bf16", "hf")
     export("hf", "hf", self_contained=True)
+    if "onnxruntime" in peers and importlib.util.find_spec("onnx"):
+        export("onnx", "onnx")
     for kind, packed in KINDS.items():
         export(f"{kind}-gguf", "gguf", quantize=packed)
         if kind != "bf16" and not (folder / kind).exists():
             quantize(folder / "bf16", folder / kind, bits={"int8": 8, "4-bit": 4}[kind])
 
 
-def measured(case: str, folder: Path, threads: int, turns: int) -> Iterator[dict[str, Any]]:
+def measured(case: str, folder: Path, threads: int, turns: int, peers: list[str]) -> Iterator[dict[str, Any]]:
     name, _, what = case.partition("-")
     if name == "decode":
         asked = f"decode {PROMPT} {TOKENS} 1"
-        peers = ["llama.cpp", *(["plain", "transformers"] if what == "bf16" else [])]
-        found = take_turns(["ours", *peers], folder, what, threads, turns, [asked, "read"])
+        chosen = [peer for peer in peers if what == "bf16" or peer == "llama.cpp"]
+        found, skipped = take_turns(["ours", *chosen], folder, what, threads, turns, [asked, "read"])
         fraction = median(
             read["seconds"] / (step["seconds"] / step["tokens"])
             for step, read in zip(found[f"ours {asked}"], found["ours read"], strict=True)
         )
         read_rate = median(read["bytes"] / read["seconds"] / 1e9 for read in found["ours read"])
-        for peer in peers:
-            more = {"bandwidth_fraction": round(fraction, 3), "read_gb_per_second": round(read_rate, 1)}
-            yield line(case, found, asked, peer) | more
+        more = {"bandwidth_fraction": round(fraction, 3), "read_gb_per_second": round(read_rate, 1)}
+        yield from beside(case, found, skipped, asked, chosen, what, more)
     elif name == "prefill":
         asked = f"prefill {what}"
-        peers = ["llama.cpp", "plain", "transformers"]
-        found = take_turns(["ours", *peers], folder, "bf16", threads, turns, [asked, f"matmul {what}"])
+        found, skipped = take_turns(["ours", *peers], folder, "bf16", threads, turns, [asked, f"matmul {what}"])
         fractions = [
             products["seconds"] / prompt["seconds"]
             for prompt, products in zip(found[f"ours {asked}"], found[f"ours matmul {what}"], strict=True)
         ]
         rate = median(products["flop"] / products["seconds"] / 1e9 for products in found[f"ours matmul {what}"])
-        for peer in peers:
-            more = {"matmul_fraction": round(median(fractions), 3), "matmul_gflop_per_second": round(rate)}
-            yield line(case, found, asked, peer) | more
+        more = {"matmul_fraction": round(median(fractions), 3), "matmul_gflop_per_second": round(rate)}
+        yield from beside(case, found, skipped, asked, peers, "bf16", more)
     elif name == "first":
         yield from first_token(case, folder, threads, turns)
     elif name == "together":
         one, many = (f"decode {PROMPT} {TOKENS} {rows}" for rows in (1, int(what)))
-        found = take_turns(["ours"], folder, "bf16", threads, turns, [one, many])
+        found, _ = take_turns(["ours"], folder, "bf16", threads, turns, [one, many])
         single, together = rates(found[f"ours {one}"]), rates(found[f"ours {many}"])
         yield described(case, together, "ours, one text", single)
     else:
@@ -123,18 +141,25 @@ def measured(case: str, folder: Path, threads: int, turns: int) -> Iterator[dict
         yield {"case": case, "seconds": round(median(seconds), 2), "all": [round(second, 2) for second in seconds]}
 
 
-def take_turns(sides: list[str], folder: Path, kind: str, threads: int, turns: int, words: list[str]) -> Turns:
-    """Ask every side in turn; a side that does not know a word is not asked it. The first turn is not counted."""
+def take_turns(
+    sides: list[str], folder: Path, kind: str, threads: int, turns: int, words: list[str]
+) -> tuple[Turns, dict[str, str]]:
+    """Ask every side in turn; a side that does not know a word is not asked it. The first turn is not counted.
+
+    Returns the answers, under side and word, and why sides were skipped.
+    """
     workers = {side: Worker(side, folder, kind, threads, module="benchmarks.speakers") for side in sides}
     answers: Turns = {}
     try:
-        for worker in workers.values():
-            worker.answer()
+        said = {side: worker.answer() for side, worker in workers.items()}
+        skipped = {side: said[side]["skipped"] for side in sides if "skipped" in said[side]}
         for turn in range(turns + 1):
-            for side in in_turn(sides, turn):
+            for side in in_turn([side for side in sides if side not in skipped], turn):
+                if side in FEWER and turn > FEWER[side].turns:
+                    continue
                 for word in words:
                     if side == "ours" or word.split()[0] in ("decode", "prefill"):
-                        answer = workers[side].ask(word)
+                        answer = workers[side].ask(asked_of(side, word))
                         if turn:
                             answers.setdefault(f"{side} {word}", []).append(answer)
     except SideEnded as error:
@@ -142,13 +167,22 @@ def take_turns(sides: list[str], folder: Path, kind: str, threads: int, turns: i
     finally:
         for worker in workers.values():
             worker.close()
-    return answers
+    return answers, skipped
+
+
+def asked_of(side: str, word: str) -> str:
+    """Return what stands for a word where a side is too slow for it."""
+    if side not in FEWER:
+        return word
+    (what, prompt, *rest), fewer = word.split(), FEWER[side]
+    numbers = [min(int(prompt), fewer.prompt), *([min(int(rest[0]), fewer.tokens), 1] if what == "decode" else [])]
+    return " ".join([what, *map(str, numbers)])
 
 
 def first_token(case: str, folder: Path, threads: int, turns: int) -> Iterator[dict[str, Any]]:
     """The engine reads 128 tokens in a step, to which the choice of a token adds little."""
     asked, products = "prefill 128", "states 128"
-    found = take_turns(["ours"], folder, "bf16", threads, turns, [asked, products])
+    found, _ = take_turns(["ours"], folder, "bf16", threads, turns, [asked, products])
     first, prompt = ([answer["seconds"] for answer in found[f"ours {word}"]] for word in (asked, products))
     ratio = median(one / other for one, other in zip(first, prompt, strict=True))
     yield {
@@ -171,18 +205,37 @@ def rates(answers: list[dict[str, float]]) -> list[float]:
     return [answer["tokens"] / answer["seconds"] for answer in answers]
 
 
-def line(case: str, found: Turns, asked: str, peer: str) -> dict[str, Any]:
-    return described(case, rates(found[f"ours {asked}"]), peer, rates(found[f"{peer} {asked}"]))
+def beside(
+    case: str,
+    found: Turns,
+    skipped: dict[str, str],
+    asked: str,
+    peers: list[str],
+    kind: str,
+    more: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Put our side and each peer into a line, or say why a peer is not there."""
+    for peer in peers:
+        if peer in skipped:
+            yield {"case": case, "peer": peer, "skipped": skipped[peer]}
+            continue
+        ours, theirs = rates(found[f"ours {asked}"]), rates(found[f"{peer} {asked}"])
+        line = described(case, ours, peer, theirs) | {"peer_dtype": DTYPES.get(peer, kind)}
+        if (fewer := asked_of(peer, asked)) != asked:
+            line["peer_asked"] = fewer
+        if len(theirs) < len(ours):
+            line["peer_turns"] = len(theirs)
+        yield line | more
 
 
 def described(case: str, ours: list[float], peer: str, theirs: list[float]) -> dict[str, Any]:
-    """Medians; the ratio is the median of the turns' ratios."""
+    """Medians; the ratio is the median of the ratios of those turns that both sides took, the first ones."""
     return {
         "case": case,
         "tokens_per_second": round(median(ours), 1),
         "peer": peer,
         "peer_tokens_per_second": round(median(theirs), 1),
-        "ratio": round(median(one / other for one, other in zip(ours, theirs, strict=True)), 3),
+        "ratio": round(median(one / other for one, other in zip(ours, theirs, strict=False)), 3),
         "slowest_and_fastest": [round(bound(ours), 1) for bound in (min, max)],
     }
 

@@ -1,7 +1,7 @@
 """One side of a comparison of generation: python -m benchmarks.speakers SIDE FOLDER KIND THREADS.
 
 A process of its own, which answers each line of standard input with one JSON line; `benchmarks.decode` starts these.
-FOLDER has what the sides read: `bf16`, `int8` and `4-bit` (our folders), `hf`, and GGUF in `bf16-gguf` and so on.
+FOLDER has what the sides read: `bf16`, `int8` and `4-bit` (our folders), `hf`, GGUF in `bf16-gguf` and so on, `onnx`.
 Lines:
 
     decode PROMPT TOKENS ROWS    seconds and number of tokens, once all prompts have been read
@@ -218,11 +218,102 @@ def llama_cpp(folder: Path, kind: str, threads: int) -> Speaker:
     return {"decode": decode, "prefill": prefill}
 
 
+def onnxruntime(folder: Path, kind: str, threads: int) -> Speaker:
+    """Our ONNX graph in fp32. Its cache goes in and out as onnxruntime's own tensors, which nobody copies.
+
+    The graph computes the logits of all positions of a prompt.
+    """
+    import onnxruntime as runtime
+
+    if not (folder / "onnx").exists():
+        raise ImportError("there is no exported graph, as onnx is not installed")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(folder / "onnx" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    start, step = onnx_steps(session)
+
+    def decode(prompt: int, tokens: int, rows: int) -> Answer:
+        assert rows == 1
+        token = start(prompts(1, prompt)[0])
+        began = time.perf_counter()
+        for _ in range(tokens):
+            token = step(token)
+        return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+    def prefill(prompt: int) -> Answer:
+        (ids,) = prompts(1, prompt)
+        began = time.perf_counter()
+        start(ids)
+        return {"seconds": time.perf_counter() - began, "tokens": prompt}
+
+    return {"decode": decode, "prefill": prefill}
+
+
+def onnx_steps(session: Any) -> tuple[Callable[[list[int]], int], Callable[[int], int]]:
+    """Return what starts a text with a prompt, and what goes a token on; both return the likeliest next token."""
+    import numpy as np
+    import onnxruntime as runtime
+
+    value = runtime.OrtValue.ortvalue_from_numpy
+    outputs = [entry.name for entry in session.get_outputs()]
+    shapes = {entry.name: entry.shape for entry in session.get_inputs() if entry.name.startswith("past")}
+    empty = {name: value(np.zeros((1, heads, 0, size), np.float32)) for name, (_, heads, _, size) in shapes.items()}
+    past, done = empty, 0
+
+    def feed(ids: list[int]) -> int:
+        nonlocal past, done
+        feeds = {
+            "input_ids": value(np.array([ids])),
+            "position_ids": value(np.arange(done, done + len(ids))[None]),
+            "attention_mask": value(np.ones((1, done + len(ids)), np.int64)),
+        }
+        logits, *present = session.run_with_ort_values(outputs, feeds | past)
+        past, done = dict(zip(past, present, strict=True)), done + len(ids)
+        return int(logits.numpy()[0, -1].argmax())
+
+    def start(ids: list[int]) -> int:
+        nonlocal past, done
+        past, done = empty, 0
+        return feed(ids)
+
+    return start, lambda token: feed([token])
+
+
+def mlx_lm(folder: Path, kind: str, threads: int) -> Speaker:
+    """mlx-lm's own loop of generation, on the folder as it is; MLX knows no number of threads."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder / kind)
+
+    def arrivals(ids: list[int], tokens: int) -> list[float]:
+        """Return when the call and each token came; then wait for the token that MLX computes ahead of those asked."""
+        times = [time.perf_counter()]
+        for _ in generate_step(mx.array(ids), model, max_tokens=tokens):
+            times.append(time.perf_counter())
+        mx.synchronize()
+        return times
+
+    def decode(prompt: int, tokens: int, rows: int) -> Answer:
+        assert rows == 1
+        _, first, *_, last = arrivals(prompts(1, prompt)[0], tokens + 1)
+        return {"seconds": last - first, "tokens": tokens}
+
+    def prefill(prompt: int) -> Answer:
+        began, first = arrivals(prompts(1, prompt)[0], 1)
+        return {"seconds": first - began, "tokens": prompt}
+
+    return {"decode": decode, "prefill": prefill}
+
+
 SPEAKERS: dict[str, Callable[[Path, str, int], Speaker]] = {
     "ours": ours,
     "plain": plain,
     "transformers": transformers,
     "llama.cpp": llama_cpp,
+    "onnxruntime": onnxruntime,
+    "mlx-lm": mlx_lm,
 }
 
 if __name__ == "__main__":
