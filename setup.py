@@ -8,7 +8,11 @@ from setuptools import Extension, setup
 
 SOURCES = Path("openelm/kernels/cpp")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # no CPU has the first without the second
+}
 
 extensions = []
 if sys.platform == "linux" and platform.machine() == "x86_64":

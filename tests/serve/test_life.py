@@ -69,7 +69,7 @@ def test_what_cannot_be_finished_in_time_ends_with_an_error(start: Any, folder: 
     kinds = [{"stream": True}, {"stream": True}, {"stream": False}, {"stream": False}]
     connections = [socket.create_connection(server.address, timeout=20) for _ in kinds]
     for connection, kind in zip(connections, kinds, strict=True):
-        connection.sendall(posted({**LONG, **kind, "n": 2}))
+        connection.sendall(posted({**LONG, **kind, "n": 8}))
     server.wait_until(lambda: server.metric("active_slots") == 1, 5)
     time.sleep(0.05 * (turn % 5))
     server.process.send_signal(signal.SIGTERM)
