@@ -96,12 +96,36 @@ static void place_heads(const Model& model, const Block& block, const Tokens& to
     });
 }
 
-// Scores of TOGETHER queries (each of `parts` vectors, zero beyond `dim`) with `count` keys: scores[query][key].
-template <class T>
+// Queries as they are multiplied with keys: vectors of fp32, or whole vectors of bf16 for units that add up pairs.
+template <class T> struct Factors {
+    static constexpr long width = WIDTH;
+    using Part = vec;
+    static void put(const float* query, long dim, float scale, Part* to) {
+        by_vectors(dim, [=](long k, long n) { to[k / WIDTH] = load_some(query + k, n) * scale; });
+    }
+    static inline Part key(const T* p, long n) { return load_some(p, n); }
+    static inline vec add(vec total, Part query, Part key) { return total + query * key; }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+    static constexpr long width = 2 * WIDTH;
+    using Part = __m512bh;
+    static bool suit(long dim) { return dim % width == 0; }
+    static void put(const float* query, long dim, float scale, Part* to) {
+        for (long k = 0; k < dim; k += WIDTH) store((bf16*)to + k, load(query + k) * scale);
+    }
+    static inline Part key(const bf16* p, long) { return (Part)_mm512_loadu_si512(p); }
+    static inline vec add(vec total, Part query, Part key) { return (vec)_mm512_dpbf16_ps((__m512)total, query, key); }
+};
+#endif
+
+// Scores of TOGETHER queries with `count` keys: scores[query][key].
+template <class F, class T>
 static void score(
-    const vec* queries, long parts, const T* keys, long dim, long count, float (*scores)[CHUNK], Ahead& ahead
+    const typename F::Part* queries, const T* keys, long dim, long count, float (*scores)[CHUNK], Ahead& ahead
 ) {
     constexpr long at_once = WIDTH / TOGETHER;  // keys
+    long parts = (dim + F::width - 1) / F::width;
     for (long first = 0; first < count; first += at_once) {
         const T* key[at_once];
         for (long j = 0; j < at_once; j++) key[j] = keys + std::min(first + j, count - 1) * dim;
@@ -109,13 +133,14 @@ static void score(
         auto add = [&](long part, long n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (long j = 0; j < at_once; j++) {
-                vec numbers = load_some(key[j] + part * WIDTH, n);
+                auto numbers = F::key(key[j] + part * F::width, n);
 #pragma GCC unroll 4
-                for (long g = 0; g < TOGETHER; g++) total[g * at_once + j] += queries[g * parts + part] * numbers;
+                for (long g = 0; g < TOGETHER; g++)
+                    total[g * at_once + j] = F::add(total[g * at_once + j], queries[g * parts + part], numbers);
             }
         };
-        for (long part = 0; part < dim / WIDTH; part++) add(part, WIDTH);
-        if (dim % WIDTH) add(parts - 1, dim % WIDTH);
+        for (long part = 0; part < dim / F::width; part++) add(part, WIDTH);
+        if (dim % F::width) add(parts - 1, dim % F::width);
         ahead.ask(16);
         float found[WIDTH];
         sums<WIDTH>(total, found);
@@ -180,13 +205,13 @@ static Chunk chunk_of(const Model& model, const Block& block, const Tokens& toke
     return {token, kv_head, first, std::min(CHUNK, tokens.positions[token] + 1 - first), row * model.head_dim};
 }
 
-template <class T>
+template <class F, class T>
 static void attend_to_chunk(const Model& model, const Block& block, const State& state, Chunk chunk, Ahead& ahead) {
-    long dim = model.head_dim, groups = block.query_heads / block.kv_heads, parts = (dim + WIDTH - 1) / WIDTH;
+    long dim = model.head_dim, groups = block.query_heads / block.kv_heads, parts = (dim + F::width - 1) / F::width;
     auto [token, kv_head, start, count, offset] = chunk;
     const float* queries = state.wide + token * state.wide_row + kv_head * groups * dim;
     const T *keys = (const T*)block.keys + offset, *values = (const T*)block.values + offset;
-    vec* placed_queries = (vec*)own_values.floats(TOGETHER * parts * WIDTH);
+    auto* placed_queries = (typename F::Part*)own_values.floats(TOGETHER * parts * WIDTH);
     float scores[TOGETHER][CHUNK];
     float scale = 1 / std::sqrt(float(dim));
     for (long first = 0; first < groups; first += TOGETHER) {
@@ -194,11 +219,9 @@ static void attend_to_chunk(const Model& model, const Block& block, const State&
         for (long g = 0; g < TOGETHER; g++) {
             long head = std::min(first + g, groups - 1);
             out[g] = state.partial(model, block, token, kv_head * groups + head, start / CHUNK);
-            by_vectors(dim, [&](long k, long n) {
-                placed_queries[g * parts + k / WIDTH] = load_some(queries + head * dim + k, n) * scale;
-            });
+            F::put(queries + head * dim, dim, scale, placed_queries + g * parts);
         }
-        score(placed_queries, parts, keys, dim, count, scores, ahead);
+        score<F>(placed_queries, keys, dim, count, scores, ahead);
         for (long g = 0; g < TOGETHER; g++) {
             auto [most, total] = weigh(scores[g], count);
             out[g][dim] = most, out[g][dim + 1] = total;
@@ -230,7 +253,14 @@ static void attend(
         ahead.ask_all_near();
         auto chunk = chunk_of(model, block, tokens, task);
         task = next_chunk<T>(model, block, tokens, state, task + omp_get_num_threads(), ahead);
-        attend_to_chunk<T>(model, block, state, chunk, ahead);
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<T, bf16>)
+            if (Pairs::suit(model.head_dim)) {
+                attend_to_chunk<Pairs, T>(model, block, state, chunk, ahead);
+                continue;
+            }
+#endif
+        attend_to_chunk<Factors<T>, T>(model, block, state, chunk, ahead);
     }
 }
 
