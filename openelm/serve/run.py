@@ -23,6 +23,7 @@ from openelm.generate.engine import Engine
 from openelm.model.transformer import OpenELM
 from openelm.serve.access import Access, is_loopback
 from openelm.serve.app import Service, make_app
+from openelm.serve.budgets import Budget, Budgets
 from openelm.serve.limits import Bodies, Connections, Limits
 from openelm.serve.metrics import Metrics
 from openelm.serve.prepare import Preparer
@@ -69,6 +70,7 @@ class Served:
         slots: sequences side by side.
         context_tokens: of each, at most the model's own.
         waiting: choices that may wait for a slot.
+        budget: of each key, or of all callers together where there are no keys.
     """
 
     model: OpenELM
@@ -79,6 +81,7 @@ class Served:
     context_tokens: int | None = None
     waiting: int = 64
     limits: Limits = field(default_factory=Limits)
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         longest = self.model.config.max_context_length
@@ -206,6 +209,7 @@ def _service(
         ),
         worker=worker,
         access=Access(place.host, names=place.names, keys=place.keys),
+        budgets=Budgets(served.budget),
         bodies=Bodies(served.limits),
         connections=connections,
         metrics=Metrics(active=lambda: worker.active, waiting=lambda: max(0, worker.held - worker.active)),
