@@ -19,6 +19,7 @@ from openelm.text.tokenizer import load_tokenizer
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM."""
     try:
+        from openelm.serve.budgets import Budget
         from openelm.serve.run import Place, Served, read_keys
         from openelm.serve.run import serve as run
     except ModuleNotFoundError as error:
@@ -39,6 +40,9 @@ def serve(arguments: argparse.Namespace) -> int:
         slots=arguments.slots,
         context_tokens=arguments.context,
         waiting=arguments.queue,
+        budget=Budget(
+            arguments.key_requests_per_minute, arguments.key_tokens_per_minute, concurrent=arguments.key_concurrent
+        ),
     )
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     asyncio.run(run(served, place, _announce))

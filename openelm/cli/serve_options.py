@@ -47,3 +47,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a name the server is reached by, such as that of a reverse proxy; may be repeated",
     )
+    budgets = parser.add_argument_group("budgets of each key; without keys, of all callers together (default: none)")
+    budgets.add_argument(
+        "--key-requests-per-minute", type=int, metavar="N", help="completions and chats; up to N of them at once"
+    )
+    budgets.add_argument(
+        "--key-tokens-per-minute",
+        type=int,
+        metavar="N",
+        help="of prompts and answers; what is being made is finished, and what is overdrawn has to come back first",
+    )
+    budgets.add_argument("--key-concurrent", type=int, metavar="N", help="choices that wait or are being made")

@@ -19,6 +19,7 @@ from aiohttp import web
 from openelm.errors import ConfigError
 from openelm.serve.access import Access
 from openelm.serve.answers import Answers, ChatAnswers, Choice, TextAnswers
+from openelm.serve.budgets import Account, Admitted, Budgets
 from openelm.serve.limits import Bodies, Connections
 from openelm.serve.metrics import CONTENT_TYPE, Metrics
 from openelm.serve.prepare import Prepared, Preparer
@@ -58,6 +59,7 @@ class Service:
     preparer: Preparer
     worker: Worker
     access: Access
+    budgets: Budgets
     bodies: Bodies
     connections: Connections
     metrics: Metrics
@@ -129,7 +131,7 @@ class _Routes:
                 "%s %s %s %d %.0f ms", request_id, request.method, route, status, 1e3 * (time.monotonic() - began)
             )
         if not response.prepared:
-            response.headers.update({**_HEADERS, "X-Request-Id": request_id})
+            response.headers.update(_headers(request))
         return response
 
     async def health(self, _: web.Request) -> web.StreamResponse:
@@ -167,39 +169,45 @@ class _Routes:
             raise Refusal(415, "Content-Type must be application/json", code="unsupported_media_type")
         if "Content-Encoding" in request.headers:  # a few bytes may unfold to very many
             raise Refusal(415, "compressed bodies are not taken", code="unsupported_media_type")
+        account = request["account"] = service.budgets.of(request["scope"])
         service.worker.check_room()  # before the body is read: refusing must cost next to nothing
-        body = await service.bodies.read(request)
-        began = time.monotonic()
-        service.connections.asked(request.protocol)
-        reply, prepared = await self._submitted(body, prepare, request["scope"])
-        try:
-            answers = kind(
-                service.tokenizer,
-                model=service.model["id"],
-                alternatives=prepared.alternatives,
-                echoed=prepared.echoed,
-                prompt_tokens=prepared.prompt_tokens,
-                usage_in_stream=prepared.asked.stream_options.include_usage,
-            )
-            made = _Made(service.metrics, prepared, began, request["id"])
-            if prepared.asked.stream:
-                return await _stream(request, reply, made, answers)
-            async for piece in reply:
-                made.add(piece)
-            return web.json_response(answers.whole(made.choices, made.usage(answers)))
-        finally:
-            reply.close()
+        with account.request() as admitted:
+            body = await service.bodies.read(request)
+            began = time.monotonic()
+            service.connections.asked(request.protocol)
+            prepared = await self._prepared(body, prepare, admitted)
+            account.take_tokens(prepared.prompt_tokens)
+            reply = service.worker.submit(prepared.choices, scope=request["scope"], made=account.take_tokens)
+            try:
+                answers = kind(
+                    service.tokenizer,
+                    model=service.model["id"],
+                    alternatives=prepared.alternatives,
+                    echoed=prepared.echoed,
+                    prompt_tokens=prepared.prompt_tokens,
+                    usage_in_stream=prepared.asked.stream_options.include_usage,
+                )
+                made = _Made(service.metrics, prepared, began, request["id"])
+                if prepared.asked.stream:
+                    return await _stream(request, reply, made, answers)
+                async for piece in reply:
+                    made.add(piece)
+                return web.json_response(answers.whole(made.choices, made.usage(answers)))
+            finally:
+                reply.close()
 
-    async def _submitted(self, body: bytes, prepare: Callable[[bytes], Prepared], scope: str) -> tuple[Reply, Prepared]:
+    async def _prepared(self, body: bytes, prepare: Callable[[bytes], Prepared], admitted: Admitted) -> Prepared:
+        """Parse and tokenise; the places of all choices are held afterwards."""
         worker = self._service.worker
         worker.hold(1)  # before the work of preparing; the other choices when their number is known
         try:
             prepared = await asyncio.get_running_loop().run_in_executor(self._service.threads, prepare, body)
+            admitted.hold(len(prepared.choices))
             worker.hold(len(prepared.choices) - 1)
         except BaseException:
             worker.release(1)
             raise
-        return worker.submit(prepared.choices, scope=scope), prepared
+        return prepared
 
 
 class _Made:
@@ -240,9 +248,7 @@ class _Made:
 
 async def _stream(request: web.Request, reply: Reply, made: _Made, answers: Answers) -> web.StreamResponse:
     """Write server-sent events; what fails before the first token still gets a status of its own."""
-    response = web.StreamResponse(
-        headers={**_HEADERS, "Content-Type": "text/event-stream", "X-Request-Id": request["id"]}
-    )
+    response = web.StreamResponse(headers={**_headers(request), "Content-Type": "text/event-stream"})
     try:
         async for piece in reply:
             made.add(piece)
@@ -259,6 +265,12 @@ async def _stream(request: web.Request, reply: Reply, made: _Made, answers: Answ
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
     return response
+
+
+def _headers(request: web.Request) -> dict[str, str]:
+    """Return what every answer carries; those to who has a budget, what is left of it."""
+    account: Account | None = request.get("account")
+    return {**_HEADERS, "X-Request-Id": request["id"], **(account.headers() if account else {})}
 
 
 async def _write(response: web.StreamResponse, events: Sequence[dict[str, Any]]) -> None:

@@ -104,17 +104,30 @@ class Connections:
     """Looks at every open connection once a second, and ends those that only cost.
 
     aiohttp ends a connection whose first line and headers do not come in time. It does not count connections, does not
-    watch one that stands within a body, and waits for ever for a reader that does not read.
+    watch one that stands within a body, and waits for ever for a reader that does not read. Time in which the server
+    itself did nothing, as its machine was busy or asleep, is not held against anybody.
     """
 
     def __init__(self, limits: Limits, opened: Callable[[], Iterable[Connection]]) -> None:
         self._limits, self._opened = limits, opened
-        self._seen: dict[Connection, _Seen] = {}
-        self._asking: set[Connection] = set()
+        self._seen: dict[object, _Seen] = {}
+        self._asking: set[object] = set()
+        self._every_seconds = min(1.0, limits.silent_grace_seconds / 2)
+        self._looked_at: float | None = None
 
     def asked(self, connection: Connection) -> None:
         """Note that a whole request has come, which is being answered."""
         self._asking.add(connection)
+
+    def kept_waiting(self, connection: object) -> None:
+        """Note that bytes have come which the server does not look at yet."""
+        self._asking.add(connection)
+
+    def let_in(self, connection: object, waited_seconds: float) -> None:
+        """Note that these bytes are looked at now; they may be a whole request or not."""
+        self._asking.discard(connection)
+        if (seen := self._seen.get(connection)) is not None:
+            seen.silent_since += waited_seconds
 
     def answered(self, connection: Connection) -> None:
         """Note that the answer is made; if a whole request had come, the connection is silent from now on."""
@@ -126,10 +139,12 @@ class Connections:
         """Look again and again, until cancelled."""
         while True:
             self.look(asyncio.get_running_loop().time())
-            await asyncio.sleep(min(1.0, self._limits.silent_grace_seconds / 2))
+            await asyncio.sleep(self._every_seconds)
 
     def look(self, now: float) -> None:
         """End what is over a limit."""
+        late = max(0.0, now - self._looked_at - 2 * self._every_seconds) if self._looked_at is not None else 0.0
+        self._looked_at = now
         seen, self._seen = self._seen, {}
         silent: dict[object, list[tuple[float, asyncio.Transport]]] = defaultdict(list)
         for connection in self._opened():
@@ -139,6 +154,7 @@ class Connections:
             if before is None:
                 continue
             self._seen[connection] = before
+            before.silent_since, before.moving_at = before.silent_since + late, before.moving_at + late
             waiting_bytes = before.transport.get_write_buffer_size()
             if waiting_bytes == 0 or waiting_bytes < before.waiting_bytes:
                 before.moving_at = now

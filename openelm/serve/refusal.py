@@ -49,6 +49,23 @@ def busy() -> Refusal:
     )
 
 
+def over_budget(what: str, wait_ns: int) -> Refusal:
+    """Say that a key's budget is used up, and how long until something of it is back.
+
+    Args:
+        what: names the budget, such as "the 60 requests a minute of this key".
+        wait_ns: in HTTP's header rounded up to seconds; OpenAI's clients read milliseconds first.
+    """
+    seconds = -(-wait_ns // 10**9)
+    return Refusal(
+        429,
+        f"{what} are used up; try again in {seconds} s",
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(seconds), "retry-after-ms": str(-(-wait_ns // 10**6))},
+    )
+
+
 def ending() -> Refusal:
     """Say that the server was told to stop."""
     return Refusal(

@@ -23,6 +23,8 @@ from openelm.generate.engine import Engine
 from openelm.model.transformer import OpenELM
 from openelm.serve.access import Access, is_loopback
 from openelm.serve.app import Service, make_app
+from openelm.serve.budgets import Budget, Budgets
+from openelm.serve.door import Door
 from openelm.serve.limits import Bodies, Connections, Limits
 from openelm.serve.metrics import Metrics
 from openelm.serve.prepare import Preparer
@@ -30,7 +32,8 @@ from openelm.serve.worker import Worker
 from openelm.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "OPENELM_API_KEY"
-_BACKLOG = 2048
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_ACCEPTED = 64  # at a turn of the event loop, so that it turns within a burst too
 _THREADS = 4  # for parsing and tokenising; a hard constraint can keep one for seconds
 _SEND_BUFFER_BYTES = 128 << 10  # of a socket; what a reader does not read piles up there first
 _OPEN_FILES = 16_384
@@ -69,6 +72,7 @@ class Served:
         slots: sequences side by side.
         context_tokens: of each, at most the model's own.
         waiting: choices that may wait for a slot.
+        budget: of each key, or of all callers together where there are no keys.
     """
 
     model: OpenELM
@@ -79,6 +83,7 @@ class Served:
     context_tokens: int | None = None
     waiting: int = 64
     limits: Limits = field(default_factory=Limits)
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         longest = self.model.config.max_context_length
@@ -174,8 +179,10 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
         )
         await runner.setup()
         opened.append(runner.server)
-        site = web.SockSite(runner, listening, backlog=_BACKLOG)
-        await site.start()
+        assert runner.server is not None
+        door = Door(runner.server, connections)
+        site = await asyncio.get_running_loop().create_server(door, sock=listening, backlog=_ACCEPTED)
+        listening.listen(_BACKLOG)  # asyncio takes one number for both
         watch = asyncio.create_task(connections.watch())
         gc.collect()
         gc.freeze()  # what is loaded stays, and need not be looked through for garbage again and again
@@ -183,7 +190,7 @@ async def serve(served: Served, place: Place, announce: Callable[[str], None]) -
             host, port = listening.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await told.wait()
-            await site.stop()
+            site.close()
             worker.end()
             await _drained(worker, limits.drain_seconds)
         finally:
@@ -206,6 +213,7 @@ def _service(
         ),
         worker=worker,
         access=Access(place.host, names=place.names, keys=place.keys),
+        budgets=Budgets(served.budget),
         bodies=Bodies(served.limits),
         connections=connections,
         metrics=Metrics(active=lambda: worker.active, waiting=lambda: max(0, worker.held - worker.active)),

@@ -39,14 +39,19 @@ class Piece:
 
 
 class Reply:
-    """The choices of one request, as they are made; lives on the event loop, is read once, and must be closed."""
+    """The choices of one request, as they are made; lives on the event loop, is read once, and must be closed.
 
-    def __init__(self, worker: Worker, choices: int) -> None:
-        self._worker, self._pieces = worker, asyncio.Queue[Piece]()
+    Args:
+        made: told how many tokens were made, when they are, and not when somebody reads them.
+    """
+
+    def __init__(self, worker: Worker, choices: int, made: Callable[[int], None]) -> None:
+        self._worker, self._made, self._pieces = worker, made, asyncio.Queue[Piece]()
         self._making, self._unread = set(range(choices)), set(range(choices))
 
     def deliver(self, piece: Piece) -> None:
         """Take what the engine made; a place is free once its choice is made, however slowly it is read."""
+        self._made(len(piece.tokens))
         self._pieces.put_nowait(piece)
         if piece.finished and piece.index in self._making:
             self._making.discard(piece.index)
@@ -122,9 +127,11 @@ class Worker:
         """Give places back."""
         self._held -= choices
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingConfig]], *, scope: str) -> Reply:
+    def submit(
+        self, prompts: Sequence[tuple[Sequence[int], SamplingConfig]], *, scope: str, made: Callable[[int], None]
+    ) -> Reply:
         """Have prompts continued, one choice each, in places that are held; the reply gives them back."""
-        reply = Reply(self, len(prompts))
+        reply = Reply(self, len(prompts), made)
         self._replies += 1
         self._inbox.put(lambda: self._start(reply, prompts, scope))
         return reply

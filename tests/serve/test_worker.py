@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,13 +91,14 @@ def run(body: Any) -> None:
     asyncio.run(inside())
 
 
-CONFIG = SamplingConfig()
+def submitted(worker: Worker, ids: Sequence[int], made: Callable[[int], None] = lambda _: None) -> Reply:
+    return worker.submit([(ids, SamplingConfig())], scope="", made=made)
 
 
 def test_an_error_of_one_choice_is_its_own() -> None:
     async def body(engine: Any, worker: Worker) -> None:
-        bad = worker.submit([([9, 1], CONFIG)], scope="")
-        good = worker.submit([([9, 0], CONFIG)], scope="")
+        bad = submitted(worker, [9, 1])
+        good = submitted(worker, [9, 0])
         assert [type(error) for error in (await read(bad))[1]] == [NumericError]
         text, errors = await read(good)
         assert text and not errors
@@ -108,7 +109,7 @@ def test_an_error_of_one_choice_is_its_own() -> None:
 def test_a_step_that_breaks_fails_what_was_in_it_and_those_that_waited_are_served() -> None:
     async def body(engine: Any, worker: Worker) -> None:
         engine.pause.clear()
-        replies = [worker.submit([([1, kind], CONFIG)], scope="") for kind in (0, 2, 2, 0, 0)]
+        replies = [submitted(worker, [1, kind]) for kind in (0, 2, 2, 0, 0)]
         await asyncio.sleep(0.05)
         engine.pause.set()
         found = [[type(error) for error in errors] for _, errors in [await read(reply) for reply in replies]]
@@ -120,7 +121,7 @@ def test_a_step_that_breaks_fails_what_was_in_it_and_those_that_waited_are_serve
 
 def test_cancelling_takes_at_most_one_step() -> None:
     async def body(engine: Any, worker: Worker) -> None:
-        reply = worker.submit([([10**9, 0], CONFIG)], scope="")
+        reply = submitted(worker, [10**9, 0])
         async for _ in reply:
             break
         engine.pause.clear()
@@ -130,6 +131,23 @@ def test_cancelling_takes_at_most_one_step() -> None:
         while engine.active:
             await asyncio.sleep(0.001)
         assert engine.cancelled and engine.steps - steps <= 2  # one may have begun before the pause
+
+    run(body)
+
+
+def test_tokens_are_told_as_they_are_made_though_nobody_reads_them() -> None:
+    async def body(engine: Any, worker: Worker) -> None:
+        made: list[int] = []
+        reply = submitted(worker, [10**9, 0], made.append)
+        while sum(made) < 5:
+            await asyncio.sleep(0.001)
+        engine.pause.clear()
+        reply.close()
+        engine.pause.set()
+        while engine.active:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        assert sum(made) == engine.steps  # those of the step that was on when the reply was closed too
 
     run(body)
 
@@ -153,7 +171,7 @@ def test_places_are_bounded() -> None:
 
 def test_stopping_tells_those_that_wait() -> None:
     async def body(engine: Any, worker: Worker) -> None:
-        reply = worker.submit([([10**9, 0], CONFIG)], scope="")
+        reply = submitted(worker, [10**9, 0])
         reading = asyncio.create_task(read(reply))
         await asyncio.sleep(0.05)
         await worker.stop()
