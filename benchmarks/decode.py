@@ -7,7 +7,7 @@ and a tenth for one of a prompt, so it is asked for fewer and in fewer turns: `p
 the medians are printed:
 
     decode-*       tokens a second of one text behind a prompt of 256 tokens. `bandwidth_fraction`: what a plain reading
-                   of the same weights takes of a token's time, in the same seconds
+                   of the same weights takes of a token's time, each token measured between two readings
     prefill-*      tokens a second of a prompt that was not seen before. `matmul_fraction`: what torch's products with
                    the same matrices take of its time
     first-token    seconds to the first token of 128, beside those of its prompt in the engine
@@ -111,13 +111,13 @@ def measured(case: str, folder: Path, threads: int, turns: int, peers: list[str]
     if name == "decode":
         asked = f"decode {PROMPT} {TOKENS} 1"
         chosen = [peer for peer in peers if what == "bf16" or peer == "llama.cpp"]
-        found, skipped = take_turns(["ours", *chosen], folder, what, threads, turns, [asked, "read"])
-        fraction = median(
-            read["seconds"] / (step["seconds"] / step["tokens"])
-            for step, read in zip(found[f"ours {asked}"], found["ours read"], strict=True)
-        )
-        read_rate = median(read["bytes"] / read["seconds"] / 1e9 for read in found["ours read"])
-        more = {"bandwidth_fraction": round(fraction, 3), "read_gb_per_second": round(read_rate, 1)}
+        share = f"share {PROMPT} {TOKENS}"
+        found, skipped = take_turns(["ours", *chosen], folder, what, threads, turns, [asked, share])
+        shares, read_rates = zip(*(tuple(answer.values()) for answer in found[f"ours {share}"]), strict=True)
+        more = {
+            "bandwidth_fraction": round(median(shares), 3),
+            "read_gb_per_second": round(median(read_rates) / 1e9, 1),
+        }
         yield from beside(case, found, skipped, asked, chosen, what, more)
     elif name == "prefill":
         asked = f"prefill {what}"

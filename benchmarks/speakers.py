@@ -7,7 +7,8 @@ Lines:
     decode PROMPT TOKENS ROWS    seconds and number of tokens, once all prompts have been read
     prefill PROMPT               seconds to the first token of a prompt that was not seen before
     states PROMPT                seconds of the model's own pass over such a prompt, without the engine
-    read                         seconds and bytes of a reading of all weights that a token needs, and of nothing else
+    share PROMPT TOKENS          what a plain reading of all weights takes of a token's time, each token between two
+                                 readings, and their bytes a second
     matmul ROWS                  seconds and FLOP of torch's products with all matrices of the layers
 """
 
@@ -19,7 +20,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Answer = dict[str, float]
@@ -68,6 +71,7 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
     import torch
 
     from openelm.generate.engine import Engine
+    from openelm.generate.request import Generation
     from openelm.generate.sampling import SamplingConfig
     from openelm.kernels.native import call
     from openelm.model.packed import PackedModule, load_packed
@@ -84,20 +88,39 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
         if part.layout.rows != model.config.vocab_size
     ]
 
-    def decode(prompt: int, tokens: int, rows: int) -> Answer:
+    def started(prompt: int, rows: int) -> list[Generation]:
         config = SamplingConfig(temperature=0, max_tokens=_LENGTH, logit_bias={2: -100})
         generations = [engine.submit(ids, config) for ids in prompts(rows, prompt)]
         while not all(generation.generated_tokens for generation in generations):
             engine.step()
+        return generations
+
+    def end(generations: list[Generation], least: int) -> None:
+        assert sum(len(generation.take()) for generation in generations) >= least
+        for generation in generations:
+            engine.cancel(generation)
+
+    def decode(prompt: int, tokens: int, rows: int) -> Answer:
+        generations = started(prompt, rows)
         began = time.perf_counter()
         for _ in range(tokens):
             engine.step()
         seconds = time.perf_counter() - began
-        made = sum(len(generation.take()) for generation in generations)
-        assert made >= tokens * rows
-        for generation in generations:
-            engine.cancel(generation)
+        end(generations, tokens * rows)
         return {"seconds": seconds, "tokens": tokens * rows}
+
+    def share(prompt: int, tokens: int) -> Answer:
+        generations, shares, rates = started(prompt, 1), list[float](), list[float]()
+        for _ in range(tokens):
+            times = [time.perf_counter()]
+            for what in (read, engine.step, read):
+                what()
+                times.append(time.perf_counter())
+            first, step, second = (end - start for start, end in pairwise(times))
+            shares.append((first + second) / 2 / step)
+            rates.append(2 * int(sizes.sum()) / (first + second))
+        end(generations, tokens)
+        return {"share": median(shares), "bytes_per_second": median(rates)}
 
     def prefill(prompt: int) -> Answer:
         (ids,) = prompts(1, prompt)
@@ -115,10 +138,8 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
         engine._decoder.truncate(0, 0)
         return {"seconds": seconds, "tokens": prompt}
 
-    def read() -> Answer:
-        began = time.perf_counter()
+    def read() -> None:
         call("read", len(sizes), addresses, sizes)
-        return {"seconds": time.perf_counter() - began, "bytes": int(sizes.sum())}
 
     def matmul(rows: int) -> Answer:
         left = {matrix.shape[1]: torch.randn(rows, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices}
@@ -129,7 +150,7 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "flop": 2 * rows * sum(matrix.numel() for matrix in matrices)}
 
-    return {"decode": decode, "prefill": prefill, "states": states, "read": read, "matmul": matmul}
+    return {"decode": decode, "prefill": prefill, "share": share, "states": states, "matmul": matmul}
 
 
 def plain(folder: Path, kind: str, threads: int) -> Speaker:
