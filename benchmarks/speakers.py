@@ -79,7 +79,7 @@ def ours(folder: Path, kind: str, threads: int) -> Speaker:
 
     model, tokenizer = load_packed(folder / kind), load_tokenizer(folder / kind)
     engine = Engine(model, tokenizer, slots=_SLOTS, length=_LENGTH)
-    weights = [part for module in model.modules() if isinstance(module, PackedModule) for part in module.parts]
+    weights = [module.matrix for module in model.modules() if isinstance(module, PackedModule)]
     addresses = torch.tensor([part.memory.data_ptr() for part in weights])
     sizes = torch.tensor([part.memory.nbytes for part in weights])
     matrices = [

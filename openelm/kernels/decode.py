@@ -24,8 +24,7 @@ class Block(NamedTuple):
     ffn_norm: Tensor
     qkv: PackedMatrix
     out: PackedMatrix
-    gate: PackedMatrix
-    up: PackedMatrix
+    gate_up: PackedMatrix
     down: PackedMatrix
     keys: Tensor
     values: Tensor

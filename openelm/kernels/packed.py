@@ -27,6 +27,7 @@ class Layout:
     Attributes:
         dtype: of the numbers, or of scales and biases; products have it too.
         bits, group: of whole numbers with a scale and a bias for each `group` of a row; 0 for plain numbers.
+        halves: 2 if the upper and the lower half of the rows are wanted together, as gate and up are.
     """
 
     rows: int
@@ -34,12 +35,14 @@ class Layout:
     dtype: torch.dtype
     bits: int = 0
     group: int = 0
+    halves: int = 1
 
     @property
     def is_known(self) -> bool:
         """Tell whether there are kernels for it on this CPU."""
         of_few_bits = self.bits in _KINDS_OF_BITS and self.group in _GROUPS and self.columns % self.group == 0
-        return runs_native(torch.empty(0, dtype=self.dtype)) and (not self.bits or of_few_bits)
+        whole = self.rows % self.halves == 0
+        return runs_native(torch.empty(0, dtype=self.dtype)) and (not self.bits or of_few_bits) and whole
 
     @property
     def bytes(self) -> int:
@@ -52,7 +55,7 @@ class Layout:
         """Describe it as the struct Weight of cpp/packed.h."""
         kind = _KINDS_OF_BITS[self.bits] if self.bits else _KINDS[self.dtype]
         address = 0 if memory is None else memory.data_ptr()
-        values = (kind, self.dtype == torch.bfloat16, self.group, self.rows, self.columns, address)
+        values = (kind, self.dtype == torch.bfloat16, self.group, self.rows, self.columns, self.halves, address)
         return torch.tensor(values, dtype=torch.int64)
 
 

@@ -111,14 +111,13 @@ def _kernel(model: OpenELM, cache: KeyValueCache) -> DecodeKernel | None:
         return None
     layers: Iterable[Layer] = model.transformer.layers  # type: ignore[assignment]
     blocks = [_block(layer, width, cache) for layer, width in zip(layers, model.config.plan.ffn_dims, strict=True)]
-    norm, embedding = model.transformer.norm, _parts(model.transformer.token_embeddings)[0]
+    norm, embedding = model.transformer.norm, _matrix(model.transformer.token_embeddings)
     cos, sin = model.rotary.at(0, cache.length, norm.weight.device)
-    return DecodeKernel(blocks, norm.weight.detach(), embedding, _parts(model.head)[0], cos, sin, norm.eps)
+    return DecodeKernel(blocks, norm.weight.detach(), embedding, _matrix(model.head), cos, sin, norm.eps)
 
 
 def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
     attn, ffn = layer.attn, layer.ffn
-    (qkv,), (out,), (gate, up), (down,) = map(_parts, (attn.qkv_proj, attn.out_proj, ffn.proj_1, ffn.proj_2))
     return Block(
         query_heads=attn.query_heads,
         kv_heads=attn.kv_heads,
@@ -127,16 +126,15 @@ def _block(layer: Layer, ffn_dim: int, cache: KeyValueCache) -> Block:
         q_norm=attn.q_norm.weight.detach(),
         k_norm=attn.k_norm.weight.detach(),
         ffn_norm=layer.ffn_norm.weight.detach(),
-        qkv=qkv,
-        out=out,
-        gate=gate,
-        up=up,
-        down=down,
+        qkv=_matrix(attn.qkv_proj),
+        out=_matrix(attn.out_proj),
+        gate_up=_matrix(ffn.proj_1),
+        down=_matrix(ffn.proj_2),
         keys=cache.keys[attn.layer],
         values=cache.values[attn.layer],
     )
 
 
-def _parts(module: Any) -> list[PackedMatrix]:
-    parts: list[PackedMatrix] = module.parts
-    return parts
+def _matrix(module: Any) -> PackedMatrix:
+    matrix: PackedMatrix = module.matrix
+    return matrix

@@ -14,26 +14,20 @@ from openelm.kernels.native import kernels_name
 from openelm.kernels.packed import Layout, PackedMatrix, memory_for
 from openelm.model.folder import load_model, open_model
 from openelm.model.quantized import BIASES, SCALES, WORDS, QuantizedEmbedding, QuantizedLinear
-from openelm.model.transformer import FeedForward, Linear, OpenELM
+from openelm.model.transformer import Linear, OpenELM
 from openelm.model.weights import Weights, in_memory
 
 
 class PackedModule(nn.Module):
-    """A matrix in one part, or in several of equal size that lie below one another; it neither learns nor is saved."""
+    """A matrix that neither learns nor is saved."""
 
-    def __init__(self, parts: list[PackedMatrix]) -> None:
+    def __init__(self, matrix: PackedMatrix) -> None:
         super().__init__()
-        self.parts = parts
+        self.matrix = matrix
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply rows by the matrix: x (..., columns) -> (..., rows)."""
-        if len(self.parts) == 1:
-            return self.parts[0].product(x)
-        layout = self.parts[0].layout
-        out = torch.empty(*x.shape[:-1], layout.rows * len(self.parts), dtype=layout.dtype)
-        for part, place in zip(self.parts, out.chunk(len(self.parts), dim=-1), strict=True):
-            part.product(x, place)
-        return out
+        return self.matrix.product(x)
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +54,7 @@ class PackedEmbedding(PackedModule):
     """An embedding, which may be the output matrix too: then by `product`."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.parts[0].rows(tokens)
+        return self.matrix.rows(tokens)
 
 
 def is_packed(model: OpenELM) -> bool:
@@ -96,26 +90,22 @@ def load_packed(folder: Path, *, device: torch.device | str = "cpu") -> OpenELM:
 
 def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
     """Pack what `weights` reads; of `model` the modules count, not what they hold."""
-    layouts, taken = dict[str, list[Layout]](), set[str]()
-    for name, module in model.named_modules():
-        layout = _layout(name, module, weights)
-        if layout is not None:
-            halves = isinstance(model.get_submodule(name.rpartition(".")[0]), FeedForward) and name.endswith("proj_1")
-            layouts[name] = [layout] if not halves else [_half(layout)] * 2
-            taken |= {name + suffix for suffix in (WORDS, SCALES, BIASES)}
+    layouts = {
+        name: layout for name, module in model.named_modules() if (layout := _layout(name, module, weights)) is not None
+    }
+    taken = {name + suffix for name in layouts for suffix in (WORDS, SCALES, BIASES)}
     norms = [name for name, tensor in weights.items() if len(tensor.shape) == 1]
-    if not weights.keys() <= {*taken, *norms} or not all(parts[0].is_known for parts in layouts.values()):
+    if not weights.keys() <= {*taken, *norms} or not all(layout.is_known for layout in layouts.values()):
         return None
     with torch.device("meta"):
         found = OpenELM(model.config)
-    ends = list(accumulate(layout.bytes for parts in layouts.values() for layout in parts))
-    memory = iter(memory_for(ends[-1]).tensor_split(ends[:-1]))
-    for name, parts in layouts.items():
+    ends = list(accumulate(layout.bytes for layout in layouts.values()))
+    memory = memory_for(ends[-1]).tensor_split(ends[:-1])
+    for (name, layout), place in zip(layouts.items(), memory, strict=True):
         tensors = [weights[name + suffix].read() for suffix in (WORDS, SCALES, BIASES) if name + suffix in weights]
-        cut = zip(*(tensor.chunk(len(parts)) for tensor in tensors), strict=True)
-        matrices = [PackedMatrix(layout, *rows, memory=next(memory)) for layout, rows in zip(parts, cut, strict=True)]
         is_embedding = isinstance(model.get_submodule(name), nn.Embedding | QuantizedEmbedding)
-        found.set_submodule(name, (PackedEmbedding if is_embedding else PackedLinear)(matrices))
+        kind = PackedEmbedding if is_embedding else PackedLinear
+        found.set_submodule(name, kind(PackedMatrix(layout, *tensors, memory=place)))
     for name in norms:
         scale = nn.Parameter(weights[name].read(), requires_grad=False)
         found.get_submodule(name.rpartition(".")[0]).weight = scale
@@ -124,15 +114,12 @@ def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
 
 
 def _layout(name: str, module: nn.Module, weights: Weights) -> Layout | None:
+    halves = 2 if name.endswith("ffn.proj_1") else 1  # gate and up
     if type(module) in (Linear, nn.Embedding):
         rows, columns = weights[name + WORDS].shape
-        return Layout(rows, columns, weights[name + WORDS].dtype)
+        return Layout(rows, columns, weights[name + WORDS].dtype, halves=halves)
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         kind, scales = module.quantization, weights[name + SCALES]
         rows, groups = scales.shape
-        return Layout(rows, groups * kind.group_size, scales.dtype, kind.bits, kind.group_size)
+        return Layout(rows, groups * kind.group_size, scales.dtype, kind.bits, kind.group_size, halves)
     return None
-
-
-def _half(layout: Layout) -> Layout:
-    return Layout(layout.rows // 2, layout.columns, layout.dtype, layout.bits, layout.group)

@@ -51,10 +51,10 @@ def made(
     generator = torch.Generator().manual_seed(dim + head_dim + bits)
     drawn: dict[int, Tensor] = {}
 
-    def weight(rows: int, columns: int) -> PackedMatrix:
+    def weight(rows: int, columns: int, halves: int = 1) -> PackedMatrix:
         if not bits:
             plain = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-            found = PackedMatrix(Layout(rows, columns, dtype), plain)
+            found = PackedMatrix(Layout(rows, columns, dtype, halves=halves), plain)
             drawn[id(found)] = plain.float()
             return found
         numbers = torch.randint(0, 2**bits, (rows, columns), generator=generator)
@@ -63,7 +63,7 @@ def made(
         packed = numbers if bits == 8 else numbers[:, ::2] + 16 * numbers[:, 1::2]
         grouped = numbers.view(rows, -1, GROUP) * scales.float()[..., None] + biases.float()[..., None]
         words = packed.to(torch.uint8).view(torch.uint32)
-        found = PackedMatrix(Layout(rows, columns, dtype, bits, GROUP), words, scales, biases)
+        found = PackedMatrix(Layout(rows, columns, dtype, bits, GROUP, halves), words, scales, biases)
         drawn[id(found)] = grouped.view(rows, columns)
         return found
 
@@ -84,8 +84,7 @@ def made(
                 norm(dim),
                 weight((query_heads + 2 * kv_heads) * head_dim, dim),
                 weight(dim, query_heads * head_dim),
-                weight(ffn_dim, dim),
-                weight(ffn_dim, dim),
+                weight(2 * ffn_dim, dim, halves=2),
                 weight(dim, ffn_dim),
                 *cache,
             )
@@ -117,7 +116,7 @@ def expected(case: Case, ids: Tensor) -> Tensor:
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1).float()
         x = x + attended @ case.plain(block.out).T
-        gate, up = (normalised(x, block.ffn_norm) @ case.plain(half).T for half in (block.gate, block.up))
+        gate, up = (normalised(x, block.ffn_norm) @ case.plain(block.gate_up).T).chunk(2, -1)
         x = x + (torch.nn.functional.silu(gate) * up) @ case.plain(block.down).T
     return normalised(x, case.norm) @ case.plain(case.head).T
 

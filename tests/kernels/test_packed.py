@@ -35,6 +35,8 @@ def made(layout: Layout) -> tuple[PackedMatrix, Tensor]:
 
 LAYOUTS = [
     *(Layout(*shape, dtype) for shape in (*SHAPES, *ODD_SHAPES) for dtype in (torch.float32, torch.bfloat16)),
+    *(Layout(*shape, torch.float32, halves=2) for shape in ((2, 5), (64, 32), (602, 40), (70, 64))),
+    Layout(98, 64, torch.bfloat16, 4, 32, 2),
     *(
         Layout(*shape, dtype, bits, group)
         for shape in SHAPES
@@ -120,3 +122,4 @@ def test_only_what_has_kernels_is_known() -> None:
     assert not Layout(4, 96, torch.float32, 4, 64).is_known
     assert not Layout(4, 64, torch.float16).is_known
     assert not Layout(4, 64, torch.float64).is_known
+    assert not Layout(5, 64, torch.float32, halves=2).is_known

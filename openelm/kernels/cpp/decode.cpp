@@ -15,7 +15,7 @@ constexpr long TOGETHER = 4; // query heads and keys whose products are taken at
 struct Block {
     long query_heads, kv_heads, ffn_dim;
     const float *attn_norm, *q_norm, *k_norm, *ffn_norm;
-    Weight qkv, out, gate, up, down;
+    Weight qkv, out, gate_up, down;
     void *keys, *values;  // (slots, kv_heads, positions, head_dim)
     long heads() const { return query_heads + 2 * kv_heads; }
 };
@@ -77,9 +77,12 @@ static void gate(float* to, const float* up, long count) {
 
 // Queries are normalised where they are, keys too on their way to the cache.
 template <class T>
-static void place_heads(const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps) {
+static void place_heads(
+    const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Ahead& ahead
+) {
     long dim = model.head_dim;
     for_my_share(tokens.count * block.heads(), [&](long task) {
+            ahead.ask(4);
             long i = task / block.heads(), head = task % block.heads();
             float* x = state.wide + i * state.wide_row + head * dim;
             Turn turn = Turn{model.cos, model.sin, dim / 2}.at(tokens.positions[i]);
@@ -141,7 +144,7 @@ static void score(
         };
         for (long part = 0; part < dim / F::width; part++) add(part, WIDTH);
         if (dim % F::width) add(parts - 1, dim % F::width);
-        ahead.ask(16);
+        ahead.ask(8);
         float found[WIDTH];
         sums<WIDTH>(total, found);
         for (long g = 0; g < TOGETHER; g++) std::memcpy(scores[g] + first, found + g * at_once, at_once * sizeof(float));
@@ -178,7 +181,7 @@ static void mix(
 #pragma GCC unroll 4
                 for (long g = 0; g < TOGETHER; g++) total[g][c] += weights[g][j] * value;
             }
-            ahead.ask(8);
+            ahead.ask(4);
         }
         for (long g = 0; g < TOGETHER; g++)
             for (long c = 0; c < wide; c++) store(out[g] + column + c * WIDTH, total[g][c]);
@@ -250,7 +253,6 @@ static void attend(
     const Model& model, const Block& block, const Tokens& tokens, const State& state, long task, Ahead& ahead
 ) {
     while (task >= 0) {
-        ahead.ask_all_near();
         auto chunk = chunk_of(model, block, tokens, task);
         task = next_chunk<T>(model, block, tokens, state, task + omp_get_num_threads(), ahead);
 #if defined(__AVX512BF16__)
@@ -304,18 +306,17 @@ static void project(const Weight& weight, long count, Row row, Output<float> out
 static void project_gated(
     const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Pieces& work, Ahead& ahead
 ) {
-    by_kind(block.gate, [&](auto kind) {
+    by_kind(block.gate_up, [&](auto kind) {
         using K = decltype(kind);
-        long count = tokens.count, columns = tiles_of_piece(count) * TILE;
+        long count = tokens.count, together = tiles_of_piece(count);
         auto normalised = [&](long i, float* to) {
             normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
         };
-        auto inputs = placed<K>(block.gate, count, normalised, ahead);
-        Output<float> gates{state.wide, state.wide_row}, ups{state.wide + block.ffn_dim, state.wide_row};
-        for (long piece; (piece = work.take()) >= 0;) {
-            multiply<K>(block.gate, piece, count, inputs, gates);
-            multiply<K>(block.up, piece, count, inputs, ups);
-            long start = piece * columns, end = std::min(block.ffn_dim, start + columns);
+        auto inputs = placed<K>(block.gate_up, count, normalised, ahead);
+        for (long pair; (pair = work.take()) >= 0;) {
+            for (long tile = 2 * pair; tile < 2 * pair + 2; tile += together)
+                multiply<K>(block.gate_up, tile / together, count, inputs, Output<float>{state.wide, state.wide_row});
+            long start = pair * TILE, end = std::min(block.ffn_dim, start + TILE);
             for (long i = 0; i < count; i++) {
                 float* to = state.wide + i * state.wide_row + start;
                 gate(to, to + block.ffn_dim, end - start);
@@ -343,7 +344,8 @@ static void compute(
     auto wait = [&] { barrier.wait(omp_get_num_threads(), [&] { ahead.ask(1); }); };
     auto wait_before = [&](const Weight& next) {
         product++;  // nobody takes pieces of the one before the last
-        long tile = set_pieces(work(), next, tokens.count) * tiles_of_piece(tokens.count);
+        long together = std::max(next.halves, tiles_of_piece(tokens.count));
+        long tile = set_pieces(work(), (next.count() + together - 1) / together) * together;
         by_kind(next, [&](auto kind) {
             long bytes = tile_bytes<decltype(kind)>(next);
             ahead.aim(next.tiles + tile * bytes, next.tiles + next.count() * bytes);
@@ -364,13 +366,13 @@ static void compute(
         project(block.qkv, count, normalised, wide, work(), ahead);
         wait_before(block.out);
         long first = next_chunk<T>(model, block, tokens, state, omp_get_thread_num(), ahead);
-        place_heads<T>(model, block, tokens, state, eps);
+        place_heads<T>(model, block, tokens, state, eps, ahead);
         wait();
         attend<T>(model, block, tokens, state, first, ahead);
         wait();
         auto attended = [&](long i, float* to) { gather(model, block, tokens, state, i, to); };
         project(block.out, count, attended, stream, work(), ahead);
-        wait_before(block.gate);
+        wait_before(block.gate_up);
         project_gated(model, block, tokens, state, eps, work(), ahead);
         wait_before(block.down);
         auto gated = [&](long i, float* to) {

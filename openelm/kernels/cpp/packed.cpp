@@ -27,7 +27,7 @@ static Inputs<typename K::Input> inputs_of(const Weight& weight, long count, con
 template <class K>
 static void pack_tile(const Weight& weight, long tile, const uint8_t* numbers, const void* scales, const void* biases) {
     uint8_t* to = (uint8_t*)weight.tiles + tile * tile_bytes<K>(weight);
-    long lanes = std::min(TILE, weight.rows - tile * TILE), columns = weight.columns;
+    long lanes = weight.rows_of(tile), first = weight.first_row(tile), columns = weight.columns;
     std::memset(to, 0, tile_bytes<K>(weight));
     if constexpr (in_groups<K>) {
         using S = typename K::Scale;
@@ -35,7 +35,7 @@ static void pack_tile(const Weight& weight, long tile, const uint8_t* numbers, c
         for (long g = 0; g < groups; g++, to += K::group_bytes(group)) {
             auto* factors = (S*)(to + group / K::numbers * K::step_bytes);
             for (long lane = 0; lane < lanes; lane++) {
-                long row = tile * TILE + lane;
+                long row = first + lane;
                 factors[lane] = ((const S*)scales)[row * groups + g];
                 factors[TILE + lane] = ((const S*)biases)[row * groups + g];
                 for (long i = 0; i < group; i++) {
@@ -53,7 +53,7 @@ static void pack_tile(const Weight& weight, long tile, const uint8_t* numbers, c
         constexpr long size = 4 / K::columns;
         for (long i = 0; i < columns; i++)
             for (long lane = 0; lane < lanes; lane++) {
-                const uint8_t* from = numbers + ((tile * TILE + lane) * columns + i) * size;
+                const uint8_t* from = numbers + ((first + lane) * columns + i) * size;
                 std::memcpy(to + (i / K::columns * TILE + lane) * 4 + i % K::columns * size, from, size);
             }
     }
@@ -105,7 +105,7 @@ extern "C" void openelm_packed_linear(
                 Pieces work(threads);
 #pragma omp parallel num_threads(team(count * weight.rows * weight.columns, threads))
                 {
-                    set_pieces(work, weight, count);
+                    set_pieces(work, pieces(weight, count));
 #pragma omp barrier
                     for (long piece; (piece = work.take()) >= 0;) multiply<K>(weight, piece, count, inputs, output);
                 }

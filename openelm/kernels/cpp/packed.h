@@ -23,11 +23,16 @@ constexpr long AHEAD = 6144;  // bytes from what is read to what memory is asked
 
 enum Kind : long { FLOAT32, BFLOAT16, EIGHT_BITS, FOUR_BITS };
 
-// As kernels/packed.py describes a matrix. Of few bits w = scale · q + bias, by groups of a row.
+// As kernels/packed.py describes a matrix. Of few bits w = scale · q + bias, by groups of a row. Of two halves that are
+// wanted together, gate and up, a tile of one stands before a tile of the other.
 struct Weight {
-    long kind, scales_are_bf16, group, rows, columns;
+    long kind, scales_are_bf16, group, rows, columns, halves;
     const uint8_t* tiles;
-    long count() const { return (rows + TILE - 1) / TILE; }
+    long part() const { return rows / halves; }
+    long count() const { return (part() + TILE - 1) / TILE * halves; }
+    long first_row(long tile) const { return tile % halves * part() + tile / halves * TILE; }
+    long rows_of(long tile) const { return std::min(TILE, part() - tile / halves * TILE); }
+    long tile_of(long row) const { return row % part() / TILE * halves + row / part(); }
 };
 
 // Rows of inputs. Whole numbers stand for numbers of a row in groups: `factors` has two floats for each, the size of
@@ -222,10 +227,10 @@ void multiply_tiles(const Weight& weight, long tile, Inputs<typename K::Input> x
     long distance = tile_bytes<K>(weight);
     add_up<K, tiles, inputs>(weight, weight.tiles + tile * distance, distance, x, ask, total);
     for (long r = 0; r < tiles * VECTORS; r++) {
-        long row = tile * TILE + r * WIDTH, n = std::min(WIDTH, weight.rows - row);
-        if (n <= 0) return;
+        long here = tile + r / VECTORS, start = r % VECTORS * WIDTH, n = std::min(WIDTH, weight.rows_of(here) - start);
+        if (n <= 0) continue;
         for (long i = 0; i < inputs; i++) {
-            T* to = out.numbers + i * out.stride + row;
+            T* to = out.numbers + i * out.stride + weight.first_row(here) + start;
             store_some(to, out.add ? total[r][i] + load_some(to, n) : total[r][i], n);
         }
     }
@@ -310,13 +315,11 @@ class Ahead {
         now_ = {(const uint8_t*)one, (const uint8_t*)one + bytes};
         waiting_ = 2;
     }
+    // A few lines at a time: CPUs drop what they are asked for faster than memory answers.
     inline void ask(long lines) {
         for (auto* stop = std::min(now_.end, now_.at + 64 * lines); now_.at < stop; now_.at += 64)
             __builtin_prefetch(now_.at);
         if (now_.at >= now_.end && waiting_ > 0) now_ = next_[--waiting_];
-    }
-    void ask_all_near() {
-        while (waiting_ > 0) ask(1);
     }
 
   private:
@@ -346,8 +349,10 @@ template <class K> class Rows {
                 ahead.ask(4);
             }
         } else {
-            place(x, weight_.columns, to);
-            ahead.ask(weight_.columns / 64);
+            for (long i = 0; i < weight_.columns; i += PART) {
+                place(x + i, std::min(PART, weight_.columns - i), to + i);
+                ahead.ask(4);
+            }
         }
     }
     Inputs<Input> all() const {
@@ -355,6 +360,7 @@ template <class K> class Rows {
     }
 
   private:
+    static constexpr long PART = 128;  // columns, an even number
     const Weight& weight_;
     Input* numbers_;
     float* factors_ = nullptr;
@@ -363,8 +369,8 @@ template <class K> class Rows {
 
 // One row of a weight as numbers.
 template <class K, class T> void read_row(const Weight& weight, long row, T* to) {
-    long lane = row % TILE;
-    const uint8_t* at = weight.tiles + row / TILE * tile_bytes<K>(weight);
+    long lane = row % weight.part() % TILE;
+    const uint8_t* at = weight.tiles + weight.tile_of(row) * tile_bytes<K>(weight);
     auto put = [=](long i, float x) {
         if constexpr (std::is_same_v<T, bf16>)
             to[i] = narrowed(x);
@@ -393,11 +399,11 @@ template <class K, class T> void read_row(const Weight& weight, long row, T* to)
     }
 }
 
-// Sets a thread's own pieces of a weight, neighbours, and returns the first one.
-inline long set_pieces(Pieces& all, const Weight& weight, long count) {
-    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), number = pieces(weight, count);
-    all.set(number * thread / threads, number * (thread + 1) / threads);
-    return number * thread / threads;
+// Sets a thread's own pieces, neighbours, of `number` in all, and returns the first one.
+inline long set_pieces(Pieces& all, long number) {
+    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), first = number * thread / threads;
+    all.set(first, number * (thread + 1) / threads);
+    return first;
 }
 
 // Calls with a value of the weight's kind.
