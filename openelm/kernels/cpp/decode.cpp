@@ -298,7 +298,7 @@ static void project(const Weight& weight, long count, Row row, Output<float> out
     by_kind(weight, [&](auto kind) {
         using K = decltype(kind);
         auto inputs = placed<K>(weight, count, row, ahead);
-        for (long piece; (piece = work.take()) >= 0;) multiply<K>(weight, piece, count, inputs, out);
+        work.each([&](long piece) { multiply<K>(weight, piece, count, inputs, out); });
     });
 }
 
@@ -313,7 +313,7 @@ static void project_gated(
             normalise(state.x + i * model.dim, block.ffn_norm, model.dim, eps, to);
         };
         auto inputs = placed<K>(block.gate_up, count, normalised, ahead);
-        for (long pair; (pair = work.take()) >= 0;) {
+        work.each([&](long pair) {
             for (long tile = 2 * pair; tile < 2 * pair + 2; tile += together)
                 multiply<K>(block.gate_up, tile / together, count, inputs, Output<float>{state.wide, state.wide_row});
             long start = pair * TILE, end = std::min(block.ffn_dim, start + TILE);
@@ -321,7 +321,7 @@ static void project_gated(
                 float* to = state.wide + i * state.wide_row + start;
                 gate(to, to + block.ffn_dim, end - start);
             }
-        }
+        });
     });
 }
 

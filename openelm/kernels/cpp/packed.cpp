@@ -107,7 +107,7 @@ extern "C" void openelm_packed_linear(
                 {
                     set_pieces(work, pieces(weight, count));
 #pragma omp barrier
-                    for (long piece; (piece = work.take()) >= 0;) multiply<K>(weight, piece, count, inputs, output);
+                    work.each([&](long piece) { multiply<K>(weight, piece, count, inputs, output); });
                 }
             });
         });
