@@ -33,7 +33,7 @@ static void pack_tile(const Weight& weight, long tile, const uint8_t* numbers, c
         using S = typename K::Scale;
         long group = weight.group, groups = columns / group, half = group / 2;
         for (long g = 0; g < groups; g++, to += K::group_bytes(group)) {
-            auto* factors = (S*)(to + group / K::numbers * K::step_bytes);
+            auto* factors = (S*)(to + group / K::columns * K::step_bytes);
             for (long lane = 0; lane < lanes; lane++) {
                 long row = first + lane;
                 factors[lane] = ((const S*)scales)[row * groups + g];

@@ -126,9 +126,9 @@ template <class S, long bits_of_number> struct Grouped {
     using Input = int16_t;
     using Scale = S;
     static constexpr long bits = bits_of_number;
-    static constexpr long numbers = 16 / bits;  // columns of a step: of 4 bits another pair lies half a group further on
+    static constexpr long columns = 16 / bits;  // of 4 bits another pair lies half a group further on
     static constexpr long step_bytes = 2 * TILE;
-    static long group_bytes(long group) { return group / numbers * step_bytes + 2 * TILE * sizeof(S); }
+    static long group_bytes(long group) { return group / columns * step_bytes + 2 * TILE * sizeof(S); }
 };
 
 template <class T> constexpr bool in_groups = false;
@@ -141,22 +141,34 @@ template <class K> long tile_bytes(const Weight& weight) {
         return (weight.columns + K::columns - 1) / K::columns * TILE * 4;
 }
 
+// What memory is asked for beside a product, or null: the same stream further on, as fast as it is read; or, spread over
+// several passes, `stride` bytes a step, since CPUs drop what they are asked for faster than memory answers.
+struct Ask {
+    const uint8_t* at;
+    long stride = 0;
+    inline void spread(long step) const {
+        long end = (step + 1) * stride;
+        for (long line = (end - stride + 63) / 64 * 64; line < end; line += 64) __builtin_prefetch(at + line);
+    }
+};
+
 inline void ask_for(const uint8_t* p, long bytes) {
 #pragma GCC unroll 4
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-// Sums of `tiles` tiles, `distance` bytes apart, for rows of inputs; `ask` is what memory is asked for meanwhile, or null.
+// Sums of `tiles` tiles, `distance` bytes apart, for rows of inputs.
 template <class K, long tiles, long inputs>
 inline void add_up(
-    const Weight& weight, const uint8_t* at, long distance, Inputs<typename K::Input> x, const uint8_t* ask,
+    const Weight& weight, const uint8_t* at, long distance, Inputs<typename K::Input> x, Ask ask,
     vec (&total)[tiles * VECTORS][inputs]
 ) {
     constexpr long rows = tiles * VECTORS;
+    constexpr bool spreads = tiles > 1;
     if constexpr (in_groups<K>) {
         using S = typename K::Scale;
         constexpr long chains = K::bits == 4 && inputs < 3 ? 2 : 1;  // one of two products a step would be too slow
-        long steps = weight.group / K::numbers, half = weight.group / 2, groups = weight.columns / weight.group;
+        long steps = weight.group / K::columns, half = weight.group / 2, groups = weight.columns / weight.group;
         for (long g = 0; g < groups; g++) {
             ivec sums[chains][rows][inputs] = {};
             const int16_t* numbers = x.numbers + g * weight.group;
@@ -166,7 +178,8 @@ inline void add_up(
 #pragma GCC unroll 8
                 for (long r = 0; r < rows; r++)
                     part[r] = pairs_of_bytes(at + r / VECTORS * distance + s * K::step_bytes + r % VECTORS * 2 * WIDTH);
-                if (ask) ask_for(ask + s * K::step_bytes, K::step_bytes);
+                if (spreads && ask.at) ask.spread(g * steps + s);
+                if (!spreads && ask.at) ask_for(ask.at + s * K::step_bytes, K::step_bytes);
 #pragma GCC unroll 8
                 for (long i = 0; i < inputs; i++) {
                     const int16_t* pair = numbers + i * x.stride + 2 * s;
@@ -185,7 +198,7 @@ inline void add_up(
                 }
             }
             at += steps * K::step_bytes;
-            if (ask) ask_for(ask + steps * K::step_bytes, 2 * TILE * sizeof(S));
+            if (!spreads && ask.at) ask_for(ask.at + steps * K::step_bytes, 2 * TILE * sizeof(S));
 #pragma GCC unroll 8
             for (long r = 0; r < rows; r++) {
                 auto* scales = (const S*)(at + r / VECTORS * distance) + r % VECTORS * WIDTH;
@@ -199,7 +212,7 @@ inline void add_up(
                 }
             }
             at += 2 * TILE * sizeof(S);
-            if (ask) ask += K::group_bytes(weight.group);
+            if (!spreads && ask.at) ask.at += K::group_bytes(weight.group);
         }
     } else {
         constexpr long step_bytes = TILE * 4;
@@ -209,7 +222,8 @@ inline void add_up(
 #pragma GCC unroll 8
             for (long r = 0; r < rows; r++)
                 part[r] = K::read(at + r / VECTORS * distance + s * step_bytes + r % VECTORS * WIDTH * 4);
-            if (ask) ask_for(ask + s * step_bytes, step_bytes);
+            if (spreads && ask.at) ask.spread(s);
+            if (!spreads && ask.at) ask_for(ask.at + s * step_bytes, step_bytes);
 #pragma GCC unroll 8
             for (long i = 0; i < inputs; i++) {
                 auto input = K::spread(x.numbers + i * x.stride + s * K::columns);
@@ -222,7 +236,7 @@ inline void add_up(
 
 // Rows of `tiles` tiles from `tile` on, times `inputs` rows of inputs.
 template <class K, long tiles, long inputs, class T>
-void multiply_tiles(const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, const uint8_t* ask) {
+void multiply_tiles(const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, Ask ask) {
     vec total[tiles * VECTORS][inputs] = {};
     long distance = tile_bytes<K>(weight);
     add_up<K, tiles, inputs>(weight, weight.tiles + tile * distance, distance, x, ask, total);
@@ -238,18 +252,21 @@ void multiply_tiles(const Weight& weight, long tile, Inputs<typename K::Input> x
 
 template <class K, long tiles, class T, long most = INPUTS>
 void multiply_some(
-    long count, const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, const uint8_t* ask
+    long count, const Weight& weight, long tile, Inputs<typename K::Input> x, Output<T> out, Ask ask
 ) {
     if constexpr (most > 1)
         if (count < most) return multiply_some<K, tiles, T, most - 1>(count, weight, tile, x, out, ask);
     multiply_tiles<K, tiles, most>(weight, tile, x, out, ask);
 }
 
-// How many tiles are taken together for so many rows of inputs, and in how many pieces of that a weight falls.
+// Inputs beyond these are other pieces of the same tiles: with larger ones the last thread to end would be waited for.
+constexpr long BLOCK = 96;
+
+// How many tiles are taken together for so many rows of inputs, and into how many pieces a product falls.
 inline long tiles_of_piece(long count) { return count <= INPUTS ? 1 : TILES; }
 inline long pieces(const Weight& weight, long count) {
     long together = tiles_of_piece(count);
-    return (weight.count() + together - 1) / together;
+    return (weight.count() + together - 1) / together * ((count + BLOCK - 1) / BLOCK);
 }
 
 // A piece of a weight times `count` rows of inputs.
@@ -260,13 +277,17 @@ template <class K, class T>
 void multiply(const Weight& weight, long piece, long count, Inputs<typename K::Input> x, Output<T> out) {
     long bytes = tile_bytes<K>(weight);
     if (count <= INPUTS)
-        return multiply_some<K, 1>(count, weight, piece, x, out, weight.tiles + piece * bytes + AHEAD);
-    long tile = piece * TILES;
+        return multiply_some<K, 1>(count, weight, piece, x, out, {weight.tiles + piece * bytes + AHEAD});
+    long blocks = (count + BLOCK - 1) / BLOCK, tile = piece / blocks * TILES, start = piece % blocks * BLOCK;
+    x = x.from(start), out = out.from(start), count = std::min(BLOCK, count - start);
+    const uint8_t* next = weight.tiles + (tile + TILES) * bytes;
+    long asking = std::min((count + INPUTS - 1) / INPUTS, 8L), steps = (weight.columns + K::columns - 1) / K::columns;
+    long stride = (TILES * bytes + asking * steps - 1) / (asking * steps);
     for (long i = 0, pass = 0; i < count; i += INPUTS, pass++) {
-        const uint8_t* ask = pass < TILES ? weight.tiles + (tile + TILES + pass) * bytes : nullptr;
+        Ask ask{pass < asking ? next + pass * steps * stride : nullptr, stride};
         long together = std::min(INPUTS, count - i);
         if (TILES > 1 && weight.count() - tile < TILES)
-            multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), ask);
+            multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), {nullptr});
         else
             multiply_some<K, TILES>(together, weight, tile, x.from(i), out.from(i), ask);
     }
@@ -381,7 +402,7 @@ template <class K, class T> void read_row(const Weight& weight, long row, T* to)
         using S = typename K::Scale;
         long group = weight.group, half = group / 2;
         for (long start = 0; start < weight.columns; start += group, at += K::group_bytes(group)) {
-            auto* scales = (const S*)(at + group / K::numbers * K::step_bytes);
+            auto* scales = (const S*)(at + group / K::columns * K::step_bytes);
             float scale = widen(scales[lane]), bias = widen(scales[TILE + lane]);
             for (long i = 0; i < group; i++) {
                 long within = K::bits == 8 ? i : i % half;
