@@ -79,3 +79,14 @@ class KeyValueCache:
         """Forget everything after the first `tokens` tokens."""
         assert 0 <= tokens <= self.used
         self.used = tokens
+
+
+class OfLast:
+    """A cache as the last layer of a prompt sees it: all positions are kept, and only the last one attends."""
+
+    def __init__(self, cache: KeyValueCache) -> None:
+        self._cache = cache
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Append new keys and values as the cache does; the last query alone sees them."""
+        return self._cache.attend(layer, query[:, :, -1:], key, value)

@@ -77,7 +77,7 @@ class Decoder:
             ConfigError: the slot has no room for it.
         """
         tokens = torch.tensor([ids], device=self.device)
-        return self._model.logits(self._model.hidden(tokens, cache=self._rows[slot])[0, -1]).float()
+        return self._model.logits(self._model.last_state(tokens, self._rows[slot])[0]).float()
 
     def step(self, ids: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Append one token to each of `slots`; returns fp32 logits (R, V) after each.

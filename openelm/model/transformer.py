@@ -27,7 +27,7 @@ from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
 from openelm.kernels.rotary import qk_norm_rope
 from openelm.kernels.swiglu import swiglu
-from openelm.model.cache import Attends, KeyValueCache
+from openelm.model.cache import Attends, KeyValueCache, OfLast
 from openelm.model.compiled import compiled, keep_products, widths_may_vary
 from openelm.model.config import ModelConfig
 from openelm.model.quantized import Quantization
@@ -178,10 +178,13 @@ def block(
 ) -> Tensor:
     """Compute a layer in four stages, of which attention is costly to compute again.
 
-    Each ends with a projection, which need not be repeated: nothing keeps its result.
+    Each ends with a projection, which need not be repeated: nothing keeps its result. Of a cache `OfLast` the last position
+    alone goes on.
     """
     dtype = matmul_dtype(x, layer.attn_norm.weight)
     qkv = cheap(layer.attn_norm, layer.attn.qkv_proj, x, dtype)
+    if isinstance(cache, OfLast):
+        x = x[:, -1:]
     x = x + costly(layer.attn, layer.attn.out_proj, qkv, rope, cache, documents)
     gate_up = cheap(layer.ffn_norm, layer.ffn.proj_1, x, dtype)
     x = x + cheap(layer.ffn, layer.ffn.proj_2, gate_up)
@@ -297,6 +300,20 @@ class OpenELM(nn.Module):
         if cache is not None:
             cache.advance(length)
         normalised: Tensor = self.transformer.norm(x)
+        return normalised
+
+    def last_state(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the final normalised state (B, D) after the last of the tokens (B, T) that follow those in `cache`.
+
+        It is the last one of `hidden`. In the last layer, which is the widest, the others leave keys and values alone.
+        """
+        x, rope = self.transformer.token_embeddings(tokens), self.rotary.at(cache.used, tokens.shape[1], tokens.device)
+        *layers, last = self.transformer.layers
+        for layer in layers:
+            x = layer(x, rope, cache, None, block)
+        x = last(x, rope, OfLast(cache), None, block)
+        cache.advance(tokens.shape[1])
+        normalised: Tensor = self.transformer.norm(x[:, -1])
         return normalised
 
     def next_states(
