@@ -178,8 +178,8 @@ def block(
 ) -> Tensor:
     """Compute a layer in four stages, of which attention is costly to compute again.
 
-    Each ends with a projection, which need not be repeated: nothing keeps its result. Of a cache `OfLast` the last position
-    alone goes on.
+    Each ends with a projection, which need not be repeated: nothing keeps its result. Of a cache that is `OfLast` one
+    position goes on.
     """
     dtype = matmul_dtype(x, layer.attn_norm.weight)
     qkv = cheap(layer.attn_norm, layer.attn.qkv_proj, x, dtype)
