@@ -12,6 +12,7 @@ from openelm.generate.engine import Engine, generate, prompt_ids
 from openelm.generate.request import Generation, Token
 from openelm.generate.sampling import SamplingConfig
 from openelm.generate.speculative import DraftModel, PromptLookup
+from openelm.kernels import native
 from openelm.model import decoding
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer
@@ -113,6 +114,17 @@ def test_a_prompt_that_was_read_before_is_not_read_again(model: OpenELM, tokeniz
         again = engine.submit(prompt, config(7))
         assert finished(engine, again) == [[token.id for token in generate(model, tokenizer, prompt, config(7))]]
         assert again.reused_tokens == reused
+
+
+@pytest.mark.skipif(native.kernels_name() == "torch", reason="torch's products depend on the number of rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_found_in_the_cache_is_the_one_that_was_read(
+    model: OpenELM, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    engine = Engine(copy.deepcopy(model).to(dtype), tokenizer, chunk=5)
+    ids = prompt_ids(tokenizer, "What stands there already")
+    answers = [[token.logprob for token in engine.stream(ids, config(8))] for _ in range(2)]
+    assert answers[0] == answers[1]
 
 
 def test_a_scope_never_uses_what_another_one_left(model: OpenELM, tokenizer: Tokenizer) -> None:
