@@ -53,8 +53,8 @@ class Engine:
     """Generates for many requests with one model; belongs to one thread.
 
     A step reads at most one stretch of one prompt, so that those who are being answered wait for no long prompt, and
-    takes every other request one token on. What a text says depends on its own request alone; where an earlier answer of
-    its scope is found in the cache, on the rounding with which that was made.
+    takes every other request one token on. What a text says depends on its own request alone, and on how an earlier
+    answer was rounded, if its scope left one in the cache.
 
     Args:
         slots: requests answered at a time; others wait in order.
