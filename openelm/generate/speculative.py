@@ -75,6 +75,7 @@ class DraftModel:
             return []
         known = min(common_tokens(self._held[slot], ids), len(ids) - 1)
         self._decoder.truncate(slot, known)
+        del self._held[slot][known:]
         guesses = [int(self._after(slot, ids[known:]).argmax())]
         while len(guesses) < most:
             guesses.append(int(self._decoder.step(guesses[-1:], [slot])[0].argmax()))

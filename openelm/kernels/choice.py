@@ -1,4 +1,4 @@
-"""The choice of the next token on CPUs: in two passes over the logits instead of a dozen."""
+"""The choice of the next token on CPUs: in a few passes over the logits instead of a dozen."""
 
 from __future__ import annotations
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from openelm.kernels.native import call
 from openelm.kernels.packed import PackedMatrix
 
+MOST_TOKENS = 96
+"""So many go through a step at most, BLOCK of cpp/packed.h."""
+
 
 class Block(NamedTuple):
     """A layer's widths and weights, and its cache: keys and values (slots, KV heads, length, head_dim)."""
@@ -77,6 +80,7 @@ class DecodeKernel:
         Returns:
             Logits (R, V), fp32. Those of a token do not depend on the others, to the bit.
         """
+        assert len(ids) <= MOST_TOKENS
         logits = torch.empty(len(ids), self._vocabulary)
         where = torch.tensor((ids, slots, positions), dtype=torch.int64)
         call("decode", self._description, self._eps, len(ids), where, logits)

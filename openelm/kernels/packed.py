@@ -93,13 +93,20 @@ class PackedMatrix:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         if out is None:
             out = torch.empty(*x.shape[:-1], self.layout.rows, dtype=self.layout.dtype)
+        assert x.dtype in _KINDS and out.dtype in _KINDS
         found = out.view(-1, self.layout.rows)
         operands = [part for matrix in (rows, found) for part in (matrix, matrix.stride(0), _is_bf16(matrix))]
         call("packed_linear", self.description, len(rows), *operands)
         return out
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Look rows up: int64 (...,) -> (..., columns)."""
+        """Look rows up: int64 (...,) -> (..., columns).
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.layout.rows:
+            raise IndexError(f"an index is outside 0..{self.layout.rows - 1}")
         out = torch.empty(*indices.shape, self.layout.columns, dtype=self.layout.dtype)
         call("packed_rows", self.description, indices.numel(), indices.contiguous(), out, _is_bf16(out))
         return out

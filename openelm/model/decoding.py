@@ -17,14 +17,14 @@ from openelm.model.static_step import StaticStep
 from openelm.model.transformer import Layer, OpenELM
 
 _TOKENS_AT_ONCE = 64
-"""As many tokens go through the C++ kernel together; it reads the weights once for them."""
+"""As many tokens go through the C++ kernel together, which reads the weights once for them; MOST_TOKENS at most."""
 
 
 class Decoder:
     """A model and its cache: reads prompts, then a token of each of several sequences at a time.
 
-    On CPUs for which C++ kernels are built a token's logits do not depend on the other sequences, to the bit; they read
-    a packed copy of the weights, which takes as much memory again.
+    On CPUs for which C++ kernels are built, with a model that `pack_model` takes, a token's logits do not depend on the
+    other sequences, to the bit; they read a packed copy of the weights, which takes as much memory again.
 
     Args:
         model: may be packed already (`model.packed.load_packed`); the copy is not made then.
@@ -94,8 +94,12 @@ class Decoder:
             places[slot] += 1
         if max(positions) >= self._cache.length:
             raise ConfigError(f"a slot of {self._cache.length} tokens is full", fix="make the cache longer")
-        for slot, used in places.items():
+        logits = self._computed(ids, slots, positions)
+        for slot, used in places.items():  # not before: a step may fail
             self._rows[slot].used = used
+        return logits
+
+    def _computed(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         if self._kernel is None:
             with torch.inference_mode():
                 return self._static.step(ids, slots, positions)

@@ -165,9 +165,13 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
         CheckpointError: a file is missing or damaged, the tensors do not fit the config, which names all of them, or
             the matrices are quantised in a way that is not ours.
     """
-    model, found = open_model(folder)
+    return filled(*open_model(folder)).to(device=device, dtype=dtype)
+
+
+def filled(model: OpenELM, found: Weights) -> OpenELM:
+    """Read the weights that `open_model` found into its empty model."""
     model.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
-    return model.to(device=device, dtype=dtype).requires_grad_(model.quantization is None)
+    return model.requires_grad_(model.quantization is None)
 
 
 def open_model(folder: Path) -> tuple[OpenELM, Weights]:

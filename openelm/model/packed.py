@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openelm.errors import ConfigError
 from openelm.kernels.native import kernels_name
 from openelm.kernels.packed import Layout, PackedMatrix, memory_for
-from openelm.model.folder import load_model, open_model
+from openelm.model.folder import filled, load_model, open_model
 from openelm.model.quantized import BIASES, SCALES, WORDS, QuantizedEmbedding, QuantizedLinear
 from openelm.model.transformer import Linear, OpenELM
 from openelm.model.weights import Weights, in_memory
@@ -82,9 +82,7 @@ def load_packed(folder: Path, *, device: torch.device | str = "cpu") -> OpenELM:
     """
     if torch.device(device).type == "cpu" and kernels_name() != "torch":
         model, weights = open_model(folder)
-        found = _packed(model, weights)
-        if found is not None:
-            return found
+        return _packed(model, weights) or filled(model, weights)
     return load_model(folder, device=device)
 
 
@@ -95,7 +93,12 @@ def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
     }
     taken = {name + suffix for name in layouts for suffix in (WORDS, SCALES, BIASES)}
     norms = [name for name, tensor in weights.items() if len(tensor.shape) == 1]
-    if not weights.keys() <= {*taken, *norms} or not all(layout.is_known for layout in layouts.values()):
+    kinds = {weights[name].dtype for name in norms}
+    alike = all(
+        weights[name + BIASES].dtype == weights[name + SCALES].dtype for name in layouts if name + BIASES in weights
+    )
+    known = all(layout.is_known for layout in layouts.values()) and kinds <= {torch.float32, torch.bfloat16}
+    if not (weights.keys() <= {*taken, *norms} and known and alike):
         return None
     with torch.device("meta"):
         found = OpenELM(model.config)
@@ -107,7 +110,7 @@ def _packed(model: OpenELM, weights: Weights) -> OpenELM | None:
         kind = PackedEmbedding if is_embedding else PackedLinear
         found.set_submodule(name, kind(PackedMatrix(layout, *tensors, memory=place)))
     for name in norms:
-        scale = nn.Parameter(weights[name].read(), requires_grad=False)
+        scale = nn.Parameter(weights[name].read().clone(), requires_grad=False)
         found.get_submodule(name.rpartition(".")[0]).weight = scale
     found.quantization = model.quantization
     return found

@@ -38,7 +38,7 @@ class Door:
         """Keep what came of a connection, or let it in."""
         waits = bool(arrival.came)
         arrival.came += data
-        if waits:
+        if waits:  # what the transport had read before it was told to stop
             self._waiting_bytes += len(data)
         elif data.startswith(FIRST) or self._waiting_bytes + len(data) > _MOST_BYTES:
             arrival.enter()
@@ -46,18 +46,21 @@ class Door:
             if not self._waiting:
                 self._loop.call_soon(self._let_in)
             self._waiting_bytes += len(data)
+            arrival.wait()
             self._waiting.append((arrival, self._loop.time()))
             self._connections.kept_waiting(arrival.inside)
 
     def _let_in(self) -> None:
         now = self._loop.time()
-        for _ in range(min(_FEW, len(self._waiting))):
-            arrival, since = self._waiting.popleft()
-            self._waiting_bytes -= len(arrival.came)
-            self._connections.let_in(arrival.inside, now - since)
-            arrival.enter()
-        if self._waiting:
-            self._loop.call_soon(self._let_in)
+        try:
+            for _ in range(min(_FEW, len(self._waiting))):
+                arrival, since = self._waiting.popleft()
+                self._waiting_bytes -= len(arrival.came)
+                self._connections.let_in(arrival.inside, now - since)
+                arrival.enter()
+        finally:  # whatever one of them raises, the others go in
+            if self._waiting:
+                self._loop.call_soon(self._let_in)
 
 
 class _Arrival(asyncio.Protocol):
@@ -65,7 +68,7 @@ class _Arrival(asyncio.Protocol):
 
     def __init__(self, door: Door, inside: asyncio.Protocol) -> None:
         self._door, self.inside = door, inside
-        self.came = bytearray()
+        self.came = b""
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -88,8 +91,14 @@ class _Arrival(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.inside.resume_writing()
 
+    def wait(self) -> None:
+        """Take no more from the client for now."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
     def enter(self) -> None:
         """Give the connection over, unless its client has left."""
         if self._transport is not None:
             self._transport.set_protocol(self.inside)
-            self.inside.data_received(bytes(self.came))
+            self._transport.resume_reading()
+            self.inside.data_received(self.came)

@@ -33,7 +33,7 @@ def sharded_model(config: ModelConfig, processes: Processes, size: int, device: 
     for layer in model.transformer.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("hidden", "next_states"):
+    for method in ("hidden", "last_state", "next_states"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
     return model

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(native.kernels_name() == "torch", reason="no C++
 
 SHAPES = ((301, 128), (1, 64), (96, 320), (33, 192))
 ODD_SHAPES = ((7, 1), (65, 37), (40, 100))
-COUNTS = (1, 2, 4, 5, 6, 7, 12, 13, 29)
-"""Rows of inputs: one pass over a tile takes up to 4 or 6 of them."""
+COUNTS = (1, 2, 4, 5, 6, 7, 12, 13, 29, 97, 103, 200)
+"""Rows of inputs: one pass over a tile takes up to 4 or 6 of them, and a piece of a product up to 96."""
 
 
 def made(layout: Layout) -> tuple[PackedMatrix, Tensor]:

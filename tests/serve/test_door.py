@@ -112,8 +112,24 @@ def test_what_comes_in_pieces_is_whole_and_what_comes_later_goes_straight_in() -
             arrival.data_received(b"one ")
             arrival.data_received(b"two")
             assert data(told) == []
+            assert not transport.is_reading()  # who waits cannot pour
             await until(lambda: data(told) == [b"one two"])
             assert isinstance(transport.get_protocol(), Inside)
+            assert transport.is_reading()
+
+    at_the_door(body)
+
+
+def test_one_that_raises_keeps_nobody_outside() -> None:
+    async def body(_: Any, told: list[tuple[str, bytes]], door: Door) -> None:
+        async with opened() as transport:
+            arrivals = [door() for _ in range(4)]
+            for arrival in arrivals:
+                arrival.connection_made(transport)
+                arrival.data_received(b"bytes")
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+            arrivals[1].enter = lambda: 1 / 0  # type: ignore[attr-defined]
+            await until(lambda: len(data(told)) == 3)
 
     at_the_door(body)
 

@@ -14,6 +14,7 @@
 #include "attention.h"
 
 namespace openelm {
+namespace {
 
 static thread_local Scratch scratch;
 static constexpr long FEW_PRODUCTS = 1 << 17;  // below it, waking threads costs more than they save
@@ -304,6 +305,7 @@ static void backward(
     });
 }
 
+}  // namespace
 }  // namespace openelm
 
 using namespace openelm;

@@ -7,6 +7,7 @@
 #include "team.h"
 
 namespace openelm {
+namespace {
 
 // As kernels/decode.py lays them out: whole numbers and addresses of 8 bytes.
 struct Block {
@@ -287,6 +288,7 @@ static void compute(
     project(model.head, count, normalised, {logits, model.head.rows}, work(), ahead);
 }
 
+}  // namespace
 }  // namespace openelm
 
 using namespace openelm;

@@ -72,7 +72,7 @@ inline void add_up(
     vec (&total)[tiles * VECTORS][inputs]
 ) {
     constexpr long rows = tiles * VECTORS;
-    constexpr bool spreads = tiles > 1;
+    constexpr bool spreads = tiles > 1 || TILES == 1;  // or may do so
     if constexpr (in_groups<K>) {
         using S = typename K::Scale;
         constexpr long chains = K::bits == 4 && inputs < 3 ? 2 : 1;  // one of two products a step would be too slow
@@ -86,8 +86,10 @@ inline void add_up(
 #pragma GCC unroll 8
                 for (long r = 0; r < rows; r++)
                     part[r] = pairs_of_bytes(at + r / VECTORS * distance + s * K::step_bytes + r % VECTORS * 2 * WIDTH);
-                if (spreads && ask.at) ask.spread(g * steps + s);
-                if (!spreads && ask.at) ask_for(ask.at + s * K::step_bytes, K::step_bytes);
+                if (spreads && ask.stride)
+                    ask.spread(g * steps + s);
+                else if (ask.at)
+                    ask_for(ask.at + s * K::step_bytes, K::step_bytes);
 #pragma GCC unroll 8
                 for (long i = 0; i < inputs; i++) {
                     const int16_t* pair = numbers + i * x.stride + 2 * s;
@@ -106,7 +108,7 @@ inline void add_up(
                 }
             }
             at += steps * K::step_bytes;
-            if (!spreads && ask.at) ask_for(ask.at + steps * K::step_bytes, 2 * TILE * sizeof(S));
+            if (ask.at && !ask.stride) ask_for(ask.at + steps * K::step_bytes, 2 * TILE * sizeof(S));
 #pragma GCC unroll 8
             for (long r = 0; r < rows; r++) {
                 auto* scales = (const S*)(at + r / VECTORS * distance) + r % VECTORS * WIDTH;
@@ -120,7 +122,7 @@ inline void add_up(
                 }
             }
             at += 2 * TILE * sizeof(S);
-            if (!spreads && ask.at) ask.at += K::group_bytes(weight.group);
+            if (ask.at && !ask.stride) ask.at += K::group_bytes(weight.group);
         }
     } else {
         constexpr long step_bytes = TILE * 4;
@@ -130,8 +132,10 @@ inline void add_up(
 #pragma GCC unroll 8
             for (long r = 0; r < rows; r++)
                 part[r] = K::read(at + r / VECTORS * distance + s * step_bytes + r % VECTORS * WIDTH * 4);
-            if (spreads && ask.at) ask.spread(s);
-            if (!spreads && ask.at) ask_for(ask.at + s * step_bytes, step_bytes);
+            if (spreads && ask.stride)
+                ask.spread(s);
+            else if (ask.at)
+                ask_for(ask.at + s * step_bytes, step_bytes);
 #pragma GCC unroll 8
             for (long i = 0; i < inputs; i++) {
                 auto input = K::spread(x.numbers + i * x.stride + s * K::columns);
@@ -168,6 +172,7 @@ void multiply_some(
 }
 
 // Inputs beyond these are other pieces of the same tiles: with larger ones the last thread to end would be waited for.
+// A step of generation has fewer tokens (kernels/decode.py).
 constexpr long BLOCK = 96;
 
 // How many tiles are taken together for so many rows of inputs, and into how many pieces a product falls.
@@ -192,7 +197,7 @@ void multiply(const Weight& weight, long piece, long count, Inputs<typename K::I
     long asking = std::min((count + INPUTS - 1) / INPUTS, 8L), steps = (weight.columns + K::columns - 1) / K::columns;
     long stride = (TILES * bytes + asking * steps - 1) / (asking * steps);
     for (long i = 0, pass = 0; i < count; i += INPUTS, pass++) {
-        Ask ask{pass < asking ? next + pass * steps * stride : nullptr, stride};
+        Ask ask = pass < asking ? Ask{next + pass * steps * stride, stride} : Ask{nullptr};
         long together = std::min(INPUTS, count - i);
         if (TILES > 1 && weight.count() - tile < TILES)
             multiply_some<K, 1>(together, weight, tile, x.from(i), out.from(i), {nullptr});

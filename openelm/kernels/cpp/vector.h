@@ -18,9 +18,7 @@
 
 namespace openelm {
 
-#if defined(OPENELM_WIDTH)  // for tests of one width on a CPU with another: the compiler splits the vectors
-constexpr long WIDTH = OPENELM_WIDTH;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr long WIDTH = 16;
 #elif defined(__AVX2__)
 constexpr long WIDTH = 8;
@@ -62,9 +60,9 @@ inline bf16 narrowed(float x) { return {uint16_t(rounded_bits(splat(x))[0] >> 16
 inline vec load(const float* p) { return *(const vec_unaligned*)p; }
 inline vec load(const bf16* p) {  // of two halves the compiler would make whole words one by one
     halves bits = *(const halves_unaligned*)p;
-#if defined(__AVX512F__) && !defined(OPENELM_WIDTH)
+#if defined(__AVX512F__)
     return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
-#elif defined(__AVX2__) && !defined(OPENELM_WIDTH)
+#elif defined(__AVX2__)
     return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
 #else
     return (vec)(__builtin_convertvector(bits, uvec) << 16);
@@ -89,7 +87,7 @@ using promoted = std::conditional_t<std::is_same_v<A, bf16> && std::is_same_v<B,
 template <class Call> inline void by_dtype(bool is_bf16, Call call) { is_bf16 ? call(bf16{}) : call(float{}); }
 
 // The first n elements of a vector; the others are zero.
-#if defined(__AVX512F__) && !defined(OPENELM_WIDTH)
+#if defined(__AVX512F__)
 inline vec load_first(const float* p, long n) { return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
 inline vec load_first(const bf16* p, long n) {
     return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)) << 16);
