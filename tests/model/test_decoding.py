@@ -132,6 +132,19 @@ def test_a_full_slot_is_an_error_and_nothing_changes(odd_config: ModelConfig, pa
         Decoder(random_model(odd_config), 1, odd_config.rope_max_length + 1)
 
 
+def test_a_step_that_fails_counts_no_token(odd_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(random_model(odd_config), 2, 5)
+    decoder.prefill(0, [1, 2])
+
+    def broken(*arguments: object) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(decoder, "_computed", broken)
+    with pytest.raises(MemoryError):
+        decoder.step([3, 4, 5], [0, 1, 0])
+    assert (decoder.used(0), decoder.used(1)) == (2, 0)
+
+
 def test_weights_that_the_kernel_does_not_take_run_through_the_layers(odd_config: ModelConfig) -> None:
     decoder = Decoder(random_model(odd_config, torch.float64), 1, 4)
     assert decoder._kernel is None

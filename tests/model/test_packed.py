@@ -112,11 +112,30 @@ def adapted(model: OpenELM) -> OpenELM:
     return model
 
 
-@pytest.mark.parametrize("change", [wide, elsewhere, adapted])
+def with_other_norms(model: OpenELM) -> OpenELM:
+    model.transformer.norm.half()
+    return model
+
+
+@pytest.mark.parametrize("change", [wide, elsewhere, adapted, with_other_norms])
 def test_what_the_kernels_do_not_take_is_not_packed(
     odd_config: ModelConfig, change: Callable[[OpenELM], OpenELM]
 ) -> None:
     assert pack_model(change(random_model(odd_config))) is None
+
+
+def test_biases_of_another_dtype_are_not_taken_for_scales(make_folder: MakeFolder) -> None:
+    model = load_model(make_folder())
+    projection = model.get_submodule("transformer.layers.1.attn.out_proj")
+    projection.biases = projection.biases.bfloat16()
+    assert pack_model(model) is None
+
+
+def test_rows_that_are_not_there_are_an_error(odd_config: ModelConfig) -> None:
+    found = made_packed(random_model(odd_config))
+    for token in (-1, odd_config.vocab_size):
+        with pytest.raises(IndexError, match="outside"):
+            found(torch.tensor([[0, token]]))
 
 
 def test_an_adapter_counts_in_generation(odd_config: ModelConfig) -> None:

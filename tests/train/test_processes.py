@@ -232,6 +232,12 @@ def test_two_processes_that_share_a_copy_train_as_two_that_hold_one_each(
         assert number(found[4]) == pytest.approx(number(wanted[4]), rel=1e-5)
 
 
+def test_a_shared_model_writes_samples(bench: Any, launch: Launch, tmp_path: Path) -> None:
+    """Without held-out text they are the first that is asked of the model after an update."""
+    launch.run(tmp_path / "run", 2, *SHARDED, 'evaluation.prompts=["To be"]', "evaluation.sample_tokens=4")
+    assert bench.events(tmp_path / "run", "sample")
+
+
 def test_a_shared_model_starts_with_the_bits_that_the_seed_stands_for(launch: Launch, tmp_path: Path) -> None:
     """At a learning rate this small an update changes no bit, so the first checkpoint holds the initial weights."""
     launch.run(
