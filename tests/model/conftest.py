@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from openelm.kernels.quantized import dequantised
 from openelm.model.config import ModelConfig
@@ -96,3 +97,17 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return tmp_path / "packed"
 
     return make
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> OpenELM:
+    model, generator = OpenELM(config), torch.Generator().manual_seed(3)
+    model.initialise(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.to(dtype)
+
+
+def some_ids(model: OpenELM, *shape: int) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(4))

@@ -13,7 +13,8 @@ from openelm.kernels import native
 from openelm.model import decoding
 from openelm.model.config import ModelConfig
 from openelm.model.decoding import Decoder
-from openelm.model.transformer import OpenELM
+
+from .conftest import random_model, some_ids
 
 LENGTH = 40
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
@@ -28,20 +29,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "static":
         monkeypatch.setattr(decoding, "pack_model", lambda model: None)
     yield request.param
-
-
-def random_model(odd_config: ModelConfig, dtype: torch.dtype = torch.float32) -> OpenELM:
-    model, generator = OpenELM(odd_config), torch.Generator().manual_seed(3)
-    model.initialise(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype)
-
-
-def some_ids(model: OpenELM, *shape: int) -> Tensor:
-    return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

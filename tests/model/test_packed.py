@@ -17,26 +17,12 @@ from openelm.model.folder import load_model, save_model
 from openelm.model.packed import is_packed, load_packed, pack_model
 from openelm.model.transformer import Linear, OpenELM
 
-from .conftest import MakeFolder
+from .conftest import MakeFolder, random_model, some_ids
 
 pytestmark = pytest.mark.skipif(native.kernels_name() == "torch", reason="no C++ kernels were built for this CPU")
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
 """Between logits of about 5, as in test_decoding.py."""
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> OpenELM:
-    model, generator = OpenELM(config), torch.Generator().manual_seed(3)
-    model.initialise(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype)
-
-
-def some_ids(model: OpenELM, *shape: int) -> Tensor:
-    return torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(4))
 
 
 def made_packed(model: OpenELM) -> OpenELM:
