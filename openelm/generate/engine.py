@@ -167,7 +167,7 @@ class Engine:
             raise ConfigError("the prompt is empty", fix="give some text, or a tokenizer with a BOS id")
         if len(prompt_ids) > self._length:
             raise ConfigError(
-                f"the prompt has {len(prompt_ids)} tokens and a slot holds {self._length}",
+                f"the prompt has {len(prompt_ids)} tokens and the context is {self._length}",
                 fix="shorten the prompt",
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._tokenizer.vocab_size:
