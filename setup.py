@@ -8,10 +8,12 @@ from setuptools import Extension, setup
 
 SOURCES = Path("openelm/kernels/cpp")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]  # no CPU has the first without the second
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # no CPU has the first without the second
+    "avx512_bf16": BF16,
+    "amx": [*BF16, "-mamx-tile", "-mamx-bf16"],
 }
 
 extensions = []
@@ -28,4 +30,4 @@ if sys.platform == "linux" and platform.machine() == "x86_64":
         for name, flags in INSTRUCTION_SETS.items()
     ]
 
-setup(ext_modules=extensions)
+setup(ext_modules=extensions, options={"build_ext": {"parallel": True}})

@@ -76,8 +76,14 @@ def _instruction_set() -> str | None:
     """Name what the kernels are compiled for: torch's own choice, which ATEN_CPU_CAPABILITY can lower."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        return "avx512_bf16" if cpu_multiplies_bf16() else "avx512"
+        return ("amx" if _allows_amx() else "avx512_bf16") if cpu_multiplies_bf16() else "avx512"
     return "avx2" if capability == "AVX2" else None
+
+
+@functools.cache
+def _allows_amx() -> bool:
+    """Tell whether there are AMX's registers, which the system gives to those who ask: torch does, for the process."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 @functools.cache

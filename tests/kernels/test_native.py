@@ -19,7 +19,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
     """Otherwise a build that fails, which the installation allows, would skip every test of them."""
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert native.native_missing() is None
-        assert native.kernels_name() in ("avx2", "avx512", "avx512_bf16")
+        assert native.kernels_name() in ("avx2", "avx512", "avx512_bf16", "amx")
     else:
         assert native.kernels_name() == "torch"
 

@@ -1,7 +1,7 @@
 // What a packed matrix is made of, and how its numbers are multiplied: packed.h has the products.
 #pragma once
 
-#include "vector.h"
+#include "units.h"
 #include <immintrin.h>
 
 namespace openelm {
@@ -17,13 +17,14 @@ constexpr long AHEAD = 6144;  // bytes from what is read to what memory is asked
 
 enum Kind : long { FLOAT32, BFLOAT16, EIGHT_BITS, FOUR_BITS };
 
-// Numbers as they are. `part`: what a vector of rows is multiplied with at a time, `columns` of them.
+// Numbers as they are. `Part`: what a vector of rows is multiplied with at a time, `columns` of them. `step`: columns that
+// a product takes at a time; zeros stand behind the last ones.
 template <class T> struct Plain;
 
 template <> struct Plain<float> {
     using Input = float;
     using Part = vec;
-    static constexpr long columns = 1;
+    static constexpr long columns = 1, step = 1;
     static inline vec read(const uint8_t* p) { return load((const float*)p); }
     static inline vec spread(const float* x) { return splat(*x); }
     static inline vec add(vec total, vec part, vec x) { return total + part * x; }
@@ -34,6 +35,11 @@ template <> struct Plain<bf16> {  // the units add up pairs in fp32
     using Input = bf16;
     using Part = __m512bh;
     static constexpr long columns = 2;
+#if defined(__AMX_BF16__)
+    static constexpr long step = DEEP;
+#else
+    static constexpr long step = 2;
+#endif
     static inline Part read(const uint8_t* p) { return (Part)_mm512_loadu_si512(p); }
     static inline Part spread(const bf16* x) {
         int pair;
@@ -48,7 +54,7 @@ template <> struct Plain<bf16> {
     struct Part {
         vec first, second;
     };
-    static constexpr long columns = 2;
+    static constexpr long columns = 2, step = 2;
     static inline Part read(const uint8_t* p) {
         uvec pairs = *(const uvec_unaligned*)p;
         return {(vec)(pairs << 16), (vec)(pairs & 0xffff0000)};
@@ -91,6 +97,7 @@ template <class S, long bits_of_number> struct Grouped {
     using Scale = S;
     static constexpr long bits = bits_of_number;
     static constexpr long columns = 16 / bits;  // of 4 bits another pair lies half a group further on
+    static constexpr long step = 1;             // groups are whole
     static constexpr long step_bytes = 2 * TILE;
     static long group_bytes(long group) { return group / columns * step_bytes + 2 * TILE * sizeof(S); }
 };

@@ -10,7 +10,7 @@ static thread_local Scratch shared_numbers, shared_factors, own_row;
 template <class K, class X>
 static Inputs<typename K::Input> inputs_of(const Weight& weight, long count, const X* x, long stride, long threads) {
     if constexpr (std::is_same_v<typename K::Input, X>) {
-        if (weight.columns % K::columns == 0) return {x, stride};
+        if (weight.columns % K::step == 0) return {x, stride};
     }
     Rows<K> rows(shared_numbers, shared_factors, weight, count);
 #pragma omp parallel for num_threads(team(count * weight.columns, threads)) schedule(static)

@@ -42,11 +42,16 @@ template <class T> struct Output {
     Output from(long row) const { return {numbers + row * stride, stride, add}; }
 };
 
+// Columns with the zeros behind them that fill a step of a product.
+template <class K> long whole_columns(const Weight& weight) {
+    return (weight.columns + K::step - 1) / K::step * K::step;
+}
+
 template <class K> long tile_bytes(const Weight& weight) {
     if constexpr (in_groups<K>)
         return weight.columns / weight.group * K::group_bytes(weight.group);
     else
-        return (weight.columns + K::columns - 1) / K::columns * TILE * 4;
+        return whole_columns<K>(weight) / K::columns * TILE * 4;
 }
 
 // What memory is asked for beside a product, or null: the same stream further on, as fast as it is read; or, spread over
@@ -126,7 +131,7 @@ inline void add_up(
         }
     } else {
         constexpr long step_bytes = TILE * 4;
-        long steps = (weight.columns + K::columns - 1) / K::columns;
+        long steps = whole_columns<K>(weight) / K::columns;
         for (long s = 0; s < steps; s++) {
             typename K::Part part[rows];
 #pragma GCC unroll 8
@@ -182,6 +187,37 @@ inline long pieces(const Weight& weight, long count) {
     return (weight.count() + together - 1) / together * ((count + BLOCK - 1) / BLOCK);
 }
 
+#if defined(__AMX_BF16__)
+// Rows of `tiles` tiles from `tile` on, times rows of inputs, by the units for squares.
+template <class T>
+void multiply_squares(const Weight& weight, long tile, long tiles, long count, Inputs<bf16> x, Output<T> out, Ask ask) {
+    constexpr long step_bytes = DEEP / 2 * TILE * 4;
+    long bytes = tile_bytes<Plain<bf16>>(weight), steps = bytes / step_bytes;
+    Shapes shapes;
+    alignas(64) float sums[MANY][TILE];
+    for (long i = 0; i < count; i += MANY) {
+        long inputs = std::min(MANY, count - i);
+        shapes.set(inputs);
+        for (long here = tile; here < tile + tiles; here++) {
+            auto asks = [=](long s) { ask.spread(s); };
+            auto* numbers = x.numbers + i * x.stride;
+            if (inputs > SIDE)
+                add_up_squares<true>(weight.tiles + here * bytes, numbers, x.stride, steps, sums[0], asks);
+            else
+                add_up_squares<false>(weight.tiles + here * bytes, numbers, x.stride, steps, sums[0], asks);
+            ask.at += steps * ask.stride;
+            for (long j = 0; j < inputs; j++) {
+                T* to = out.numbers + (i + j) * out.stride + weight.first_row(here);
+                by_vectors(weight.rows_of(here), [&](long r, long n) {
+                    vec sum = load(sums[j] + r);
+                    store_some(to + r, out.add ? sum + load_some(to + r, n) : sum, n);
+                });
+            }
+        }
+    }
+}
+#endif
+
 // A piece of a weight times `count` rows of inputs.
 //
 // Few inputs take one tile, and ask for memory a little ahead of it. Many take TILES at a time, which come from the
@@ -189,6 +225,16 @@ inline long pieces(const Weight& weight, long count) {
 template <class K, class T>
 void multiply(const Weight& weight, long piece, long count, Inputs<typename K::Input> x, Output<T> out) {
     long bytes = tile_bytes<K>(weight);
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<K, Plain<bf16>>) {
+        long tiles = tiles_of_piece(count), blocks = (count + BLOCK - 1) / BLOCK;
+        long tile = piece / blocks * tiles, start = piece % blocks * BLOCK;
+        tiles = std::min(tiles, weight.count() - tile), count = std::min(BLOCK, count - start);
+        long passes = (count + MANY - 1) / MANY, step_bytes = DEEP / 2 * TILE * 4 / passes;
+        auto* next = weight.tiles + tile * bytes + (passes == 1 ? AHEAD : tiles * bytes);
+        return multiply_squares(weight, tile, tiles, count, x.from(start), out.from(start), {next, step_bytes});
+    }
+#endif
     if (count <= INPUTS)
         return multiply_some<K, 1>(count, weight, piece, x, out, {weight.tiles + piece * bytes + AHEAD});
     long blocks = (count + BLOCK - 1) / BLOCK, tile = piece / blocks * TILES, start = piece % blocks * BLOCK;
@@ -206,10 +252,9 @@ void multiply(const Weight& weight, long piece, long count, Inputs<typename K::I
     }
 }
 
-// Puts a row of inputs where `multiply` wants it: `columns` numbers and a zero where they are odd.
+// Puts a part of a row of inputs where `multiply` wants it.
 template <class T> inline void place(const float* x, long columns, T* to) {
     by_vectors(columns, [=](long i, long n) { store_some(to + i, load_some(x + i, n), n); });
-    if (columns % 2) to[columns] = T{};
 }
 
 // The same for a group of whole numbers: the largest becomes ±32767. What is not finite makes the group NaN.
@@ -287,6 +332,7 @@ template <class K> class Rows {
                 place(x + i, std::min(PART, weight_.columns - i), to + i);
                 ahead.ask(4);
             }
+            std::fill(to + weight_.columns, to + whole_columns<K>(weight_), Input{});
         }
     }
     Inputs<Input> all() const {
@@ -294,7 +340,7 @@ template <class K> class Rows {
     }
 
   private:
-    static constexpr long PART = 128;  // columns, an even number
+    static constexpr long PART = 128;  // columns
     const Weight& weight_;
     Input* numbers_;
     float* factors_ = nullptr;
