@@ -1,10 +1,12 @@
 """Builds the C++ kernels, once for each instruction set; where that fails, the package runs on plain torch."""
 
+import copy
 import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("openelm/kernels/cpp")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
@@ -30,4 +32,14 @@ if sys.platform == "linux" and platform.machine() == "x86_64":
         for name, flags in INSTRUCTION_SETS.items()
     ]
 
-setup(ext_modules=extensions, options={"build_ext": {"parallel": True}})
+
+class BuildApart(build_ext):
+    """Builds several at a time, whose objects have the same names, in folders of their own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        apart = copy.copy(self)
+        apart.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(apart, ext)
+
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildApart}, options={"build_ext": {"parallel": True}})

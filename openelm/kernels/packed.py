@@ -2,7 +2,8 @@
 
 So many rows as fill two vectors are one line of memory, in which the next column of all of them follows (fp32), or the
 next two (bf16, whole numbers of 8 bits), or of 4 bits the next two in the low halves of bytes and in the high ones the
-two that are half a group further on; behind each group of columns stand its scales and biases. One row of inputs reads
+two that are half a group further on; behind each group of columns stand its scales and biases. Behind the last columns
+stand zeros, as many as fill a step of a product. One row of inputs reads
 the line once; for many it comes from the caches. It is made in memory for this CPU, and never written to a file.
 """
 

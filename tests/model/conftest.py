@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from openelm.kernels.quantized import dequantised
+from openelm.model import static_step, transformer
 from openelm.model.config import ModelConfig
 from openelm.model.folder import save_weights
 from openelm.model.quantized import packed, rounded
@@ -97,6 +100,21 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return tmp_path / "packed"
 
     return make
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Choose what takes the place of Inductor, and forget what was compiled before and since."""
+
+    def choose(backend: str) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        one = functools.cache(lambda function: torch.compile(function, backend=backend, fullgraph=True))
+        for module in (transformer, static_step):
+            monkeypatch.setattr(module, "compiled", one)
+
+    yield choose
+    torch._dynamo.reset()
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> OpenELM:

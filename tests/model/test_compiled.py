@@ -6,7 +6,6 @@ Most tests let the compiler's own graphs run on plain kernels, which takes secon
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
@@ -21,20 +20,6 @@ from openelm.model.sizes import ModelChoice, model_size
 from openelm.model.transformer import OpenELM, Recompute
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Choose what takes the place of Inductor, and forget what was compiled before and since."""
-
-    def choose(backend: str) -> None:
-        torch._dynamo.reset()
-        counters.clear()
-        one = functools.cache(lambda function: torch.compile(function, backend=backend, fullgraph=True))
-        monkeypatch.setattr(transformer, "compiled", one)
-
-    yield choose
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

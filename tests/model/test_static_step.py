@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openelm.kernels.quantized import quantized_linear
-from openelm.model import decoding, static_step
+from openelm.model import decoding
 from openelm.model.config import ModelConfig
 from openelm.model.decoding import Decoder
 from openelm.model.quantized import Quantization, QuantizedMatrix, hold_quantized, rounded
@@ -179,20 +179,6 @@ def test_no_operator_of_a_step_needs_a_number_on_the_host(make_model: MakeModel,
         decoder._static._logits(shape, table)
     with pytest.raises(AssertionError), Reading():
         int(table[0, 0])
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Choose what takes the place of Inductor, and forget what was compiled before and since."""
-
-    def choose(backend: str) -> None:
-        torch._dynamo.reset()
-        counters.clear()
-        one = functools.cache(lambda function: torch.compile(function, backend=backend, fullgraph=True))
-        monkeypatch.setattr(static_step, "compiled", one)
-
-    yield choose
-    torch._dynamo.reset()
 
 
 def quantized(model: OpenELM, bits: int) -> OpenELM:

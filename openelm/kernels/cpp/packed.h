@@ -54,22 +54,6 @@ template <class K> long tile_bytes(const Weight& weight) {
         return whole_columns<K>(weight) / K::columns * TILE * 4;
 }
 
-// What memory is asked for beside a product, or null: the same stream further on, as fast as it is read; or, spread over
-// several passes, `stride` bytes a step, since CPUs drop what they are asked for faster than memory answers.
-struct Ask {
-    const uint8_t* at;
-    long stride = 0;
-    inline void spread(long step) const {
-        long end = (step + 1) * stride;
-        for (long line = (end - stride + 63) / 64 * 64; line < end; line += 64) __builtin_prefetch(at + line);
-    }
-};
-
-inline void ask_for(const uint8_t* p, long bytes) {
-#pragma GCC unroll 4
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 // Sums of `tiles` tiles, `distance` bytes apart, for rows of inputs.
 template <class K, long tiles, long inputs>
 inline void add_up(
@@ -176,9 +160,14 @@ void multiply_some(
     multiply_tiles<K, tiles, most>(weight, tile, x, out, ask);
 }
 
-// Inputs beyond these are other pieces of the same tiles: with larger ones the last thread to end would be waited for.
-// A step of generation has fewer tokens (kernels/decode.py).
+// Inputs beyond these are other pieces of the same tiles: with larger ones the last thread to end would be waited for,
+// and with smaller ones units that are fast would wait for the tiles. A step of generation has fewer tokens
+// (kernels/decode.py).
+#if defined(__AMX_BF16__)
+constexpr long BLOCK = 256;
+#else
 constexpr long BLOCK = 96;
+#endif
 
 // How many tiles are taken together for so many rows of inputs, and into how many pieces a product falls.
 inline long tiles_of_piece(long count) { return count <= INPUTS ? 1 : TILES; }
@@ -188,24 +177,25 @@ inline long pieces(const Weight& weight, long count) {
 }
 
 #if defined(__AMX_BF16__)
-// Rows of `tiles` tiles from `tile` on, times rows of inputs, by the units for squares.
-template <class T>
-void multiply_squares(const Weight& weight, long tile, long tiles, long count, Inputs<bf16> x, Output<T> out, Ask ask) {
-    constexpr long step_bytes = DEEP / 2 * TILE * 4;
-    long bytes = tile_bytes<Plain<bf16>>(weight), steps = bytes / step_bytes;
+constexpr long SQUARES_BYTES = DEEP / 2 * TILE * 4;  // of a tile, in one step of the units for squares
+
+// A piece of a bf16 weight times `count` rows of inputs by the units for squares. One pass over a tile asks for memory a
+// little ahead of it, several ask for the next tiles.
+template <class T> void multiply_squares(const Weight& weight, long piece, long count, Inputs<bf16> x, Output<T> out) {
+    long bytes = tile_bytes<Plain<bf16>>(weight), steps = bytes / SQUARES_BYTES, together = tiles_of_piece(count);
+    long blocks = (count + BLOCK - 1) / BLOCK, start = piece % blocks * BLOCK, tile = piece / blocks * together;
+    long last = std::min(tile + together, weight.count());
+    x = x.from(start), out = out.from(start), count = std::min(BLOCK, count - start);
+    long passes = (count + MANY - 1) / MANY;
+    Ask ask{weight.tiles + (passes == 1 ? tile * bytes + AHEAD : last * bytes), SQUARES_BYTES / passes};
     Shapes shapes;
     alignas(64) float sums[MANY][TILE];
     for (long i = 0; i < count; i += MANY) {
         long inputs = std::min(MANY, count - i);
         shapes.set(inputs);
-        for (long here = tile; here < tile + tiles; here++) {
-            auto asks = [=](long s) { ask.spread(s); };
-            auto* numbers = x.numbers + i * x.stride;
-            if (inputs > SIDE)
-                add_up_squares<true>(weight.tiles + here * bytes, numbers, x.stride, steps, sums[0], asks);
-            else
-                add_up_squares<false>(weight.tiles + here * bytes, numbers, x.stride, steps, sums[0], asks);
-            ask.at += steps * ask.stride;
+        for (long here = tile; here < last; here++, ask.at += steps * ask.stride) {
+            auto add_up = inputs > SIDE ? add_up_squares<true> : add_up_squares<false>;
+            add_up(weight.tiles + here * bytes, x.numbers + i * x.stride, x.stride, steps, sums[0], ask);
             for (long j = 0; j < inputs; j++) {
                 T* to = out.numbers + (i + j) * out.stride + weight.first_row(here);
                 by_vectors(weight.rows_of(here), [&](long r, long n) {
@@ -226,14 +216,7 @@ template <class K, class T>
 void multiply(const Weight& weight, long piece, long count, Inputs<typename K::Input> x, Output<T> out) {
     long bytes = tile_bytes<K>(weight);
 #if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<K, Plain<bf16>>) {
-        long tiles = tiles_of_piece(count), blocks = (count + BLOCK - 1) / BLOCK;
-        long tile = piece / blocks * tiles, start = piece % blocks * BLOCK;
-        tiles = std::min(tiles, weight.count() - tile), count = std::min(BLOCK, count - start);
-        long passes = (count + MANY - 1) / MANY, step_bytes = DEEP / 2 * TILE * 4 / passes;
-        auto* next = weight.tiles + tile * bytes + (passes == 1 ? AHEAD : tiles * bytes);
-        return multiply_squares(weight, tile, tiles, count, x.from(start), out.from(start), {next, step_bytes});
-    }
+    if constexpr (std::is_same_v<K, Plain<bf16>>) return multiply_squares(weight, piece, count, x, out);
 #endif
     if (count <= INPUTS)
         return multiply_some<K, 1>(count, weight, piece, x, out, {weight.tiles + piece * bytes + AHEAD});

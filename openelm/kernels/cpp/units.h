@@ -1,14 +1,15 @@
 // Products of bf16 on CPUs that have registers of 16 rows and multiply two of them in one instruction: Intel's AMX.
 #pragma once
 
+#include "ask.h"
 #include "vector.h"
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
 
 namespace openelm {
 
-constexpr long SIDE = 16;       // rows of a register, each of 64 bytes
-constexpr long DEEP = 32;       // bf16 numbers in such a row: columns that one instruction adds up
+constexpr long SIDE = 16;        // rows of a register, each of 64 bytes
+constexpr long DEEP = 32;        // bf16 numbers in such a row: columns that one instruction adds up
 constexpr long MANY = 2 * SIDE;  // rows of inputs at a time
 
 // Gives this thread's registers their shapes for `inputs` rows, MANY at most, and takes them back. 0 to 3 are sums, 4 and
@@ -35,9 +36,9 @@ class Shapes {
 };
 
 // sums[input][row] of two registers' rows of a matrix, whose pairs of columns follow one another at `at`, for up to SIDE
-// rows of inputs or up to MANY; `ask` says what memory is asked for at each step.
-template <bool many, class Call>
-inline void add_up_squares(const uint8_t* at, const bf16* x, long stride, long steps, float* sums, Call ask) {
+// rows of inputs or up to MANY.
+template <bool many>
+void add_up_squares(const uint8_t* at, const bf16* x, long stride, long steps, float* sums, Ask ask) {
     constexpr long row = 2 * SIDE * 4;  // bytes: a pair of columns of all rows
     asm volatile("" ::: "memory");      // the compiler does not know that the instructions read what was written
     _tile_zero(0);
@@ -57,7 +58,7 @@ inline void add_up_squares(const uint8_t* at, const bf16* x, long stride, long s
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        ask(s);
+        ask.spread(s);
     }
     _tile_stored(0, sums, row);
     _tile_stored(1, sums + SIDE, row);
