@@ -36,10 +36,14 @@ if sys.platform == "linux" and platform.machine() == "x86_64":
 class BuildApart(build_ext):
     """Builds several at a time, whose objects have the same names, in folders of their own."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True  # one for each CPU
+
     def build_extension(self, ext: Extension) -> None:
         apart = copy.copy(self)
         apart.build_temp = str(Path(self.build_temp, ext.name))
         build_ext.build_extension(apart, ext)
 
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildApart}, options={"build_ext": {"parallel": True}})
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildApart})
