@@ -3,7 +3,8 @@
 The average of a suite is the unweighted mean of its columns. Two traps when comparing with other numbers:
 the model card of OpenELM has the labels of the two few-shot tables swapped (its "LLM360" table is `openllm` here
 and in the paper, its "OpenLLM" table is `llm360`), and the average of `llm360` takes the percentage of
-stereotyped sentences on CrowS-Pairs in as if higher were better.
+stereotyped sentences on CrowS-Pairs in as if higher were better. Tasks and shots are those of the model card, which
+does not name the metrics: they are the customary ones of both leaderboards.
 """
 
 from __future__ import annotations
