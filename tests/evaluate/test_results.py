@@ -100,3 +100,10 @@ def test_bytes_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read_result(tmp_path / name)
         assert caught.value.code == code and str(tmp_path) in str(caught.value)
+
+
+def test_the_example_on_the_page_is_a_result(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "table.md").read_text("utf-8")
+    example = page.partition("```json\n")[2].partition("```")[0]
+    read = read_result(write(tmp_path / "example.json", example))
+    assert [(task.task, task.value) for task in read.tasks] == [("arc_easy", 0.41)]
