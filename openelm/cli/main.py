@@ -23,6 +23,7 @@ from openelm.cli.convert_options import (
 from openelm.cli.data_options import add_data_actions
 from openelm.cli.sampling_options import add_generation_options, add_sampling_options
 from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
+from openelm.cli.table import TABLE_EXAMPLE, add_table_options
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
@@ -37,6 +38,7 @@ _HANDLERS = {
     "report": ("train", "report"),
     "verify": ("verify", "verify"),
     "eval": ("models", "evaluate"),
+    "table": ("table", "table"),
     "inspect": ("models", "inspect"),
     "plan": ("plan", "plan"),
     "bench": ("bench", "bench"),
@@ -247,6 +249,7 @@ def _add_models(verbs: Verbs) -> None:
     evaluate.add_argument("--suite", required=True, help="bpb:PATH, bits per byte of the documents in PATH")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_device(evaluate)
+    add_table_options(_verb(verbs, "table", "show published scores, and yours among them", TABLE_EXAMPLE))
     inspect = _verb(
         verbs,
         "inspect",

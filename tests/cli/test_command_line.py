@@ -19,6 +19,7 @@ VERBS = (
     "report",
     "verify",
     "eval",
+    "table",
     "inspect",
     "plan",
     "bench",
