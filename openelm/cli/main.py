@@ -21,6 +21,12 @@ from openelm.cli.convert_options import (
     add_quantize_options,
 )
 from openelm.cli.data_options import add_data_actions
+from openelm.cli.evaluate_options import (
+    COMPARE_EXAMPLE,
+    EVALUATE_EXAMPLE,
+    add_compare_options,
+    add_evaluate_options,
+)
 from openelm.cli.sampling_options import add_generation_options, add_sampling_options
 from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
 from openelm.cli.table import TABLE_EXAMPLE, add_table_options
@@ -37,7 +43,8 @@ _HANDLERS = {
     "average": ("train", "average"),
     "report": ("train", "report"),
     "verify": ("verify", "verify"),
-    "eval": ("models", "evaluate"),
+    "eval": ("evaluate", "evaluate"),
+    "compare": ("evaluate", "compare"),
     "table": ("table", "table"),
     "inspect": ("models", "inspect"),
     "plan": ("plan", "plan"),
@@ -242,13 +249,12 @@ def _add_verify(verbs: Verbs) -> None:
 
 
 def _add_models(verbs: Verbs) -> None:
-    evaluate = _verb(
-        verbs, "eval", "measure a model on text it has not seen", "openelm eval runs/demo/model --suite bpb:held-out/"
-    )
-    evaluate.add_argument("model", help="model folder")
-    evaluate.add_argument("--suite", required=True, help="bpb:PATH, bits per byte of the documents in PATH")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate = _verb(verbs, "eval", "measure a model on text or questions it has not seen", EVALUATE_EXAMPLE)
+    add_evaluate_options(evaluate)
     _add_device(evaluate)
+    compare = _verb(verbs, "compare", "ask two models the same: better, worse, cannot tell", COMPARE_EXAMPLE)
+    add_compare_options(compare)
+    _add_device(compare)
     add_table_options(_verb(verbs, "table", "show published scores, and yours among them", TABLE_EXAMPLE))
     inspect = _verb(
         verbs,

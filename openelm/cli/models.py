@@ -1,4 +1,4 @@
-"""`openelm eval` and `openelm inspect`: what a model is worth and what it costs."""
+"""`openelm inspect`: what a model is made of and what it costs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,6 @@ from openelm.cli.screen import Screen
 from openelm.errors import printable
 from openelm.model.config import ModelConfig
 from openelm.model.sizes import model_size
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Run a suite on a model folder and print the score."""
-    from openelm.evaluate.suites import evaluate_suite
-    from openelm.evaluate.tables import aligned
-    from openelm.model.device import choose_device
-    from openelm.model.folder import load_model
-    from openelm.text.tokenizer import load_tokenizer
-
-    folder, console = Path(arguments.model), Screen()
-    model = load_model(folder, device=choose_device(arguments.device))
-    score = evaluate_suite(arguments.suite, model, load_tokenizer(folder))
-    if arguments.json:
-        print(json.dumps(score.to_json()))
-        return 0
-    rows = [(document.name, document.bytes, document.tokens, document.bits_per_byte) for document in score.per_document]
-    console.print(aligned(("document", "bytes", "tokens", "bits/byte"), rows))
-    interval = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
-    over = f", 95 % interval over {score.units} {score.interval_over}" if interval else ""
-    console.print(f"bits per byte {score.value:.4f}{interval}{over}")
-    return 0
 
 
 def inspect(arguments: argparse.Namespace) -> int:

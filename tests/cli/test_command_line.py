@@ -19,6 +19,7 @@ VERBS = (
     "report",
     "verify",
     "eval",
+    "compare",
     "table",
     "inspect",
     "plan",

@@ -1,0 +1,102 @@
+"""A suite from its name to results in a folder: what `openelm eval` and `openelm compare` do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from openelm.errors import ConfigError
+from openelm.evaluate.answers import Answers
+from openelm.evaluate.exam import Exam, examine, items_jsonl
+from openelm.evaluate.examinees import Candidate
+from openelm.evaluate.harness import Examinee, Progress
+from openelm.evaluate.presets import PRESETS, TaskSpec
+from openelm.evaluate.questions import read_questions
+from openelm.evaluate.tasks import DataFrom, LoadedTask, load_tasks, multiple_choice
+from openelm.files.atomic import make_folder, write_atomic
+from openelm.files.hashes import canonical_json
+
+
+@dataclass(frozen=True)
+class ExamOptions:
+    """How a suite is run.
+
+    Attributes:
+        limit: questions of each task; None is all of them.
+        batch_tokens: tokens that pass the model together; None finds out. It changes no choice.
+    """
+
+    limit: int | None = None
+    batch_tokens: int | None = None
+
+
+def load_suite(suite: str, data: DataFrom) -> list[LoadedTask]:
+    """Load the tasks that a suite's name stands for.
+
+    Raises:
+        ConfigError: no such suite or task.
+        DataError: the data cannot be loaded.
+    """
+    kind, _, argument = suite.partition(":")
+    if suite in PRESETS:
+        return load_tasks(PRESETS[suite].tasks, data)
+    if kind == "lm-eval" and argument:
+        return load_tasks([_task_spec(text) for text in argument.split(",")], data)
+    if kind == "choices" and argument:
+        return [multiple_choice(Path(argument).stem, read_questions(Path(argument)))]
+    names = ", ".join((*PRESETS, "lm-eval:TASKS", "choices:PATH"))
+    raise ConfigError(f"no suite is called {suite!r}", fix=f"suites: {names}, bpb:PATH")
+
+
+def default_folder(candidate: Candidate) -> Path:
+    """Name the folder for a model's results: another model's is another one."""
+    return Path("evaluations", f"{Path(candidate.name).resolve().name}-{candidate.sha256[:8]}")
+
+
+def run_suite(
+    candidate: Candidate,
+    suite: str,
+    tasks: list[LoadedTask],
+    folder: Path,
+    options: ExamOptions = ExamOptions(),
+    progress: Progress | None = None,
+) -> Exam:
+    """Let a model answer a suite's tasks, and keep what it answered and its results in a folder.
+
+    `answers.jsonl` has every log-likelihood, so that a second start computes only what is missing;
+    `SUITE.json` the results, and `SUITE.items.jsonl` each question's.
+
+    Raises:
+        ConfigError: another process is at work in the folder; see `examine` for the rest.
+        DiskError: the folder cannot be written.
+    """
+    make_folder(folder)
+    with Answers(folder / "answers.jsonl", candidate.sha256) as answers:
+        examinee = Examinee(
+            candidate.scores,
+            candidate.tokenizer,
+            answers,
+            writes=candidate.writes,
+            most_tokens=options.batch_tokens,
+            progress=progress,
+        )
+        exam = Exam(suite, candidate.name, candidate.sha256, examine(examinee, tasks, limit=options.limit))
+    write_atomic(folder / result_file(suite), canonical_json(exam.to_json()) + b"\n")
+    write_atomic((folder / result_file(suite)).with_suffix(".items.jsonl"), items_jsonl(exam.tasks))
+    return exam
+
+
+def result_file(suite: str) -> str:
+    """Name the file of a suite's results."""
+    return re.sub(r"[^A-Za-z0-9.@_-]+", "-", suite)[-100:] + ".json"
+
+
+def _task_spec(text: str) -> TaskSpec:
+    """Read TASK or TASK@SHOTS; the metric is the task's first one, or that of the paper's suites."""
+    task, at, shots = text.strip().partition("@")
+    if not task or (at and not shots.isdigit()):
+        raise ConfigError(f"a task is called {text!r}", fix="write TASK or TASK@SHOTS, as in arc_easy,winogrande@5")
+    known = {spec.task: spec for suite in PRESETS.values() for spec in suite.tasks}
+    metric = known[task].metric if task in known else ""
+    return TaskSpec(task, int(shots or 0), metric, task)

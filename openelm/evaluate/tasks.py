@@ -1,0 +1,167 @@
+"""Tasks of lm-evaluation-harness by name, on data from the hub or from this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lm_eval
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from openelm.errors import ConfigError, DataError
+from openelm.evaluate.local_data import local_data
+from openelm.evaluate.presets import TaskSpec
+
+DataFrom = Literal["auto", "hub", "local"]
+_FOLDERS = {
+    "arc_challenge": "arc",
+    "arc_easy": "arc",
+    "boolq": "super_glue/boolq",
+    "crows_pairs_english": "crows_pairs",
+    "hellaswag": "hellaswag",
+    "mmlu": "mmlu/default",
+    "piqa": "piqa",
+    "race": "race",
+    "sciq": "sciq",
+    "truthfulqa_mc2": "truthfulqa",
+    "winogrande": "winogrande",
+}
+"""Where the harness keeps the tasks of our suites: to read all of its folders takes many seconds."""
+_HUB = "huggingface.co"
+
+
+class LoadedTask:
+    """A column of a suite: a task of the harness, or several whose items count together.
+
+    Attributes:
+        note: how its data differ from those the task has by itself, or None.
+    """
+
+    def __init__(self, spec: TaskSpec, parts: dict[str, Task], note: str | None) -> None:
+        self.spec, self.parts, self.note = spec, parts, note
+
+
+def load_tasks(specs: Sequence[TaskSpec], data: DataFrom = "auto", *, hub: str = _HUB) -> list[LoadedTask]:
+    """Load tasks and their data.
+
+    Args:
+        data: where from; "auto" takes the hub where it can be reached.
+
+    Raises:
+        ConfigError: no such task, or there are no data for it.
+        DataError: its data cannot be loaded.
+    """
+    if data not in get_args(DataFrom):
+        raise ConfigError(f"data from {data!r}", fix=f"use one of {', '.join(get_args(DataFrom))}")
+    local = data == "local" or (data == "auto" and not _reaches(hub))
+    manager = _manager([spec.task for spec in specs])
+    return [_loaded(manager, spec, local) for spec in specs]
+
+
+def multiple_choice(name: str, rows: Sequence[dict[str, Any]]) -> LoadedTask:
+    """Make a task of questions that were read from a file: `query`, `choices`, and `gold`, the right one's index."""
+    config = {
+        "task": name,
+        "custom_dataset": lambda **options: {"test": Dataset.from_list(list(rows))},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
+        "num_fewshot": 0,
+    }
+    with quiet():
+        task = ConfigurableTask(config=config)
+    return LoadedTask(TaskSpec(name, 0, "acc_norm", name), {name: task}, None)
+
+
+def _loaded(manager: TaskManager, spec: TaskSpec, local: bool) -> LoadedTask:
+    names = _members(manager, spec.task)
+    notes = set[str | None]()
+    configs = []
+    for name in names:
+        config: dict[str, Any] = {"task": name, "num_fewshot": spec.shots}
+        if local:
+            found = local_data(name, spec.shots)
+            config |= {"custom_dataset": found.load, **found.changes}
+            notes.add(found.note)
+        configs.append(config)
+    parts = _built(manager, configs)
+    for part in parts.values():
+        part.set_fewshot_seed(seed=1234)  # the harness's own
+    if not spec.metric:
+        first = next(iter(parts.values())).config.metric_list[0]["metric"]
+        spec = replace(spec, metric=first)
+    return LoadedTask(spec, parts, "; ".join(sorted(note for note in notes if note)) or None)
+
+
+def _built(manager: TaskManager, configs: Sequence[dict[str, Any]]) -> dict[str, Task]:
+    """Build tasks with changed settings: the harness takes changes in a group's list of tasks alone."""
+    try:
+        with quiet():
+            loaded = manager.load([{"group": "openelm", "task": list(configs)}])
+    except Exception as error:  # of the many libraries beneath that fetch and read data
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        names = ", ".join(config["task"] for config in configs[:3])
+        fix = "check the network, or use --data local"
+        raise DataError(f"the data of {names} cannot be loaded: {first}", fix=fix) from error
+    return {name.removeprefix("openelm::"): task for name, task in loaded["tasks"].items()}
+
+
+def _members(manager: TaskManager, name: str) -> list[str]:
+    """List the tasks of a group, or the task itself; names that do not exist are told."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        near = [known for known in manager.all_tasks if name.split("_")[0] in known][:8]
+        raise ConfigError(
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {name!r}",
+            fix=f"near: {', '.join(near)}" if near else "see its list: lm-eval ls tasks",
+        )
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP":
+        return [name]
+    listed = entry.cfg["task"]
+    parts = (
+        [listed] if isinstance(listed, str) else [part if isinstance(part, str) else part["task"] for part in listed]
+    )
+    return [member for part in parts for member in _members(manager, part)]
+
+
+def _manager(names: Sequence[str]) -> TaskManager:
+    root = Path(lm_eval.__file__).parent / "tasks"
+    with quiet():
+        if all(name in _FOLDERS for name in names):
+            folders = sorted({str(root / _FOLDERS[name]) for name in names})
+            return TaskManager(include_path=list(folders), include_defaults=False)
+        return TaskManager()
+
+
+def _reaches(hub: str) -> bool:
+    """Tell whether the hub's data can be fetched: without this, libraries try for minutes."""
+    try:
+        with socket.create_connection((hub, 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the harness's and the data libraries' own bars and notes off the screen."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
