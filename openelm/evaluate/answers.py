@@ -46,9 +46,11 @@ class Answers:
                 "another process is at work on this", file=path, fix="wait for it, stop it, or choose another --out"
             )
         self._file.seek(0)
-        for line in self._file.read().split(b"\n")[:-1]:  # a line without an end was being written
-            if entry := _entry(line):
-                self._known[entry[0]] = entry[1]
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a line without an end was being written
+        with disk_errors(path):
+            self._file.truncate(len(whole))
+        self._known.update(entry for line in whole.splitlines() if (entry := _entry(line)))
 
     def __enter__(self) -> Self:
         return self
