@@ -24,7 +24,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     found = []
     for row, value in enumerate(_rows(path), start=1):
         if wrong := _wrong(value):
-            raise DataError(wrong, fix=_FIX, file=path, line=row, code="E_ROW")
+            raise DataError(wrong, fix=_FIX, file=path, line=row, code="E_SCHEMA")
         found.append({key: value[key] for key in ("query", "choices", "gold")})
     if not found:
         raise DataError("there is no question", fix=_FIX, file=path)
