@@ -74,9 +74,8 @@ def _tasks(arguments: argparse.Namespace) -> int:
     console.print(aligned(columns, rows, decimals=2))
     if len(exam.tasks) > 1:
         console.print(f"average {100 * exam.average:.2f}")
-    for task in exam.tasks:
-        if task.note:
-            console.print(f"{task.task}: {task.note}")
+    for note in dict.fromkeys(task.note for task in exam.tasks if task.note):
+        console.print(f"{', '.join(task.task for task in exam.tasks if task.note == note)}: {note}")
     if arguments.against:
         result = read_result(folder / result_file(suite))
         console.print("\n" + FORMATS["text"]([beside_published(PRESETS[suite], [result])]))

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from lm_eval import evaluator
+from lm_eval.api.model import LM
 
 from openelm.errors import ConfigError, NumericError
 from openelm.evaluate.bootstrap import ratio_interval
-from openelm.evaluate.harness import Examinee
 from openelm.evaluate.tasks import LoadedTask, quiet
 from openelm.files.hashes import canonical_json, sha256_bytes
 
@@ -115,10 +115,11 @@ class Exam:
         }
 
 
-def examine(examinee: Examinee, tasks: Sequence[LoadedTask], *, limit: int | None = None) -> tuple[TaskScore, ...]:
+def examine(examinee: LM, tasks: Sequence[LoadedTask], *, limit: int | None = None) -> tuple[TaskScore, ...]:
     """Let a model answer tasks; a task's prompts and metrics are the harness's.
 
     Args:
+        examinee: an `Examinee`, or any other model of the harness.
         limit: questions of each task, from its beginning.
 
     Raises:
