@@ -14,21 +14,36 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _AUTO_CLASSES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+_LAYERS = "transformers.modeling_layers"
+"""What our classes need too, and what imports the Auto classes itself, in its middle."""
 
 
 class _Registration(MetaPathFinder):
     """Registers OpenELM right after transformers defines its Auto classes, and imports nothing before."""
 
+    _waiting: list[ModuleType] | None = None
+    """Auto classes that are defined in the middle of what ours need, while that is so."""
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name not in _AUTO_CLASSES:
+        if name not in (*_AUTO_CLASSES, _LAYERS):
             return None
         spec = PathFinder.find_spec(name, path)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                if name == _LAYERS:
+                    self._waiting = []
+                    execute(module)
+                    for defined in self._waiting:
+                        _register(defined)
+                    self._waiting = None
+                    return
                 execute(module)
-                _register(module)
+                if self._waiting is None:
+                    _register(module)
+                else:
+                    self._waiting.append(module)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""Models of transformers as trees are scored by them: any causal one that takes masks of its caller's."""
+"""Models of transformers as trees are scored by them: any causal one that takes masks and positions of its caller's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openelm.evaluate.trees import Forest
+from openelm.errors import ConfigError
+from openelm.evaluate.trees import Forest, Tree
+
+_PROBE = tuple(range(1, 9))
+_TOLERANCE = 1e-2
+"""Of the largest logit; in bf16 another order of sums makes as much."""
 
 
 class TransformersScores:
@@ -15,29 +20,54 @@ class TransformersScores:
 
     Args:
         model: what `AutoModelForCausalLM` gives, in evaluation mode.
-        vocab_size: ids that probabilities are over; by default all that the model predicts, as the harness has it.
+
+    Raises:
+        ConfigError: the model does not compute with masks or positions of its caller's what it computes by itself.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self.vocab_size = vocab_size or model.config.vocab_size
-        self.context_tokens = model.config.max_position_embeddings
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        context = getattr(model.config, "max_position_embeddings", None) or 2048
+        window = getattr(model.config, "sliding_window", None) or context  # beyond it our masks would show too much
+        self.context_tokens: int = min(context, window)
+        self._scales = False
+        self._check()
 
     def states(self, forest: Forest) -> Tensor:
-        """Return the final states (R, D)."""
+        """Return the final states (R, D); of a model that does more to them than a product, its predictions (R, V)."""
         device, dtype = self._model.device, self._model.dtype
         unseen = torch.zeros(forest.visible.shape, dtype=dtype, device=device)
         unseen.masked_fill_(~forest.visible.to(device), torch.finfo(dtype).min)
-        found = self._model.get_decoder()(
+        found = (self._model if self._scales else self._model.get_decoder())(
             input_ids=forest.tokens[None].to(device),
             position_ids=forest.positions[None].to(device),
             attention_mask=unseen[None, None],
             use_cache=False,
         )
-        states: Tensor = found.last_hidden_state[0]
+        states: Tensor = (found.logits if self._scales else found.last_hidden_state)[0]
         return states
 
     def logits(self, states: Tensor) -> Tensor:
         """Predict from states (N, D): (N, vocab_size)."""
-        predicted: Tensor = self._model.get_output_embeddings()(states)
-        return predicted[:, : self.vocab_size]
+        predicted: Tensor = states if self._scales else self._model.get_output_embeddings()(states)
+        return predicted
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Compare a text by itself with the same as the second tree of a row, and see what the head does to states."""
+        ids = torch.tensor([_PROBE], device=self._model.device) % self.vocab_size
+        wanted = self._model(input_ids=ids, use_cache=False).logits[0]
+        text = tuple(ids[0].tolist())
+        for self._scales in (False, True):  # scaled or capped logits are the whole model's alone
+            try:
+                states = self.states(Forest([Tree(text[::-1], ((0,),)), Tree(text[:3], ((*text[3:], 0),))]))
+            except (TypeError, ValueError, RuntimeError):  # of its own code, about arguments that it does not take
+                break
+            found = self.logits(states[-len(text) :])
+            if (found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
+                return
+        raise ConfigError(
+            f"{type(self._model).__name__} does not take masks and positions of its caller's",
+            fix="evaluate it with lm-evaluation-harness itself",
+        )

@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from openelm.errors import ConfigError
+from openelm.errors import ConfigError, DataError
 from openelm.evaluate.answers import Answers
 from openelm.evaluate.trees import Answer, Scores, Tree, answer_likelihoods
 
@@ -145,7 +145,7 @@ class Examinee(TemplateLM):
             until, most = options.get("until", []), options.get("max_gen_toks", 256)
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise ConfigError("this task samples", fix="choose one that decodes greedily")
-            room = self._scores.context_tokens - most
+            room = max(1, self._scores.context_tokens - most)
             ids = self._encodes.encode(prompt, starts=True)[-room:]
             writings.append(Writing(tuple(ids), tuple([until] if isinstance(until, str) else until), most))
         for text in self._writes(writings):
@@ -155,6 +155,8 @@ class Examinee(TemplateLM):
 
     def _fitting(self, prompt: list[int], answer: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Cut the beginning of what is longer than the context, as the harness does."""
+        if not answer:
+            raise DataError("an answer is nothing but what its prompt ends with", fix="look at the task's answers")
         kept = (prompt + answer)[-(self._scores.context_tokens + 1) :]
         first = max(1, len(kept) - len(answer))
         return tuple(kept[:first]), tuple(kept[first:])

@@ -182,6 +182,20 @@ def test_importing_registers_the_model_in_any_order(publish: Publish, first: str
     assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    "named",
+    ["transformers.Qwen2ForCausalLM", "transformers.GradientCheckpointingLayer", "transformers.PreTrainedModel"],
+)
+def test_other_models_may_be_what_makes_transformers_define_its_auto_classes(publish: Publish, name: str) -> None:
+    """Half-way through a module that ours needs too."""
+    code = f"import openelm, sys, transformers; transformers.{name}; "  # a name that transformers imports when it is asked for
+    code += "c = transformers.AutoConfig.from_pretrained(sys.argv[1]); "
+    code += "print(type(transformers.AutoModelForCausalLM.from_config(c)).__module__)"
+    command = [sys.executable, "-c", code, str(publish())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
+
+
 def test_packed_rows_are_separate_documents(publish: Publish) -> None:
     """Positions that begin again say where a document of a row begins; each attends to itself alone."""
     model = loaded(publish())

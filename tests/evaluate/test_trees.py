@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openelm.errors import NumericError
+from openelm.errors import ConfigError, NumericError
 from openelm.evaluate.foreign import TransformersScores
 from openelm.evaluate.trees import Answer, Forest, OurScores, Tree, answer_likelihoods
 from openelm.kernels import native
@@ -84,25 +84,39 @@ def test_each_token_sees_its_prompt_and_itself_alone() -> None:
     assert int(forest.positions.max()) + 1 == max(tree.length for tree in trees)
 
 
-def test_models_of_transformers_answer_as_they_do_alone() -> None:
+SHAPE = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"intermediate_size": 64, "max_position_embeddings": 64}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Llama", {"num_key_value_heads": 2}),
+        ("Granite", {"logits_scaling": 8.0}),  # does more to its states than a product
+        ("GPTNeoX", {}),
+    ],
+)
+def test_models_of_transformers_answer_as_they_do_alone(name: str, options: dict[str, object]) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
     torch.manual_seed(3)
-    llama = transformers.LlamaForCausalLM(config).double().eval()
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
     trees = drawn(101)
-    for tree, answers in zip(trees, answer_likelihoods(TransformersScores(llama), trees), strict=True):
+    for tree, answers in zip(trees, answer_likelihoods(TransformersScores(model), trees), strict=True):
         for ids, answer in zip(tree.answers, answers, strict=True):
             with torch.no_grad():
-                wanted = alone(llama(torch.tensor([[*tree.prompt, *ids]])).logits[0], tree, ids)
-            assert answer.nats == pytest.approx(wanted.nats, abs=1e-9) and answer.is_greedy == wanted.is_greedy
+                wanted = alone(model(torch.tensor([[*tree.prompt, *ids]])).logits[0], tree, ids)
+            assert answer.nats == pytest.approx(wanted.nats, abs=1e-6) and answer.is_greedy == wanted.is_greedy
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_choose_positions_themselves_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ConfigError, match="lm-evaluation-harness itself"):
+        TransformersScores(transformers.BloomForCausalLM(config).eval())
 
 
 def test_a_model_that_is_not_finite_is_told(model: OpenELM) -> None:
