@@ -182,13 +182,10 @@ def test_importing_registers_the_model_in_any_order(publish: Publish, first: str
     assert done.stdout.strip() == "openelm.huggingface.modeling_openelm", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "named",
-    ["transformers.Qwen2ForCausalLM", "transformers.GradientCheckpointingLayer", "transformers.PreTrainedModel"],
-)
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "GradientCheckpointingLayer", "PreTrainedModel"])
 def test_other_models_may_be_what_makes_transformers_define_its_auto_classes(publish: Publish, name: str) -> None:
-    """Half-way through a module that ours needs too."""
-    code = f"import openelm, sys, transformers; transformers.{name}; "  # a name that transformers imports when it is asked for
+    """Half-way through a module that ours needs too: transformers imports a name when it is asked for."""
+    code = f"import openelm, sys, transformers; transformers.{name}; "
     code += "c = transformers.AutoConfig.from_pretrained(sys.argv[1]); "
     code += "print(type(transformers.AutoModelForCausalLM.from_config(c)).__module__)"
     command = [sys.executable, "-c", code, str(publish())]
