@@ -16,11 +16,16 @@ from openelm.errors import ConfigError
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run a suite on a model folder and print the score."""
+    if arguments.batch_tokens is not None and arguments.batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens is {arguments.batch_tokens}", fix="use 1 or more")
     return _documents(arguments) if arguments.suite.startswith("bpb") else _tasks(arguments)
 
 
 def _documents(arguments: argparse.Namespace) -> int:
     """Measure bits per byte of documents."""
+    given = {name: getattr(arguments, name.replace("-", "_")) for name in ("limit", "out", "against", "batch-tokens")}
+    if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(unused)} is for questions, and {arguments.suite} is text", fix="leave it out")
     from openelm.evaluate.suites import evaluate_suite
     from openelm.evaluate.tables import aligned
     from openelm.model.device import choose_device
@@ -77,7 +82,7 @@ def _tasks(arguments: argparse.Namespace) -> int:
     for note in dict.fromkeys(task.note for task in exam.tasks if task.note):
         console.print(f"{', '.join(task.task for task in exam.tasks if task.note == note)}: {note}")
     if arguments.against:
-        result = read_result(folder / result_file(suite))
+        result = read_result(folder / result_file(suite, arguments.limit))
         console.print("\n" + FORMATS["text"]([beside_published(PRESETS[suite], [result])]))
     console.print(f"results in {folder}")
     return 0
@@ -99,6 +104,7 @@ def compare(arguments: argparse.Namespace) -> int:
         candidate = open_candidate(Path(model), device)
         with _bar() as bar:
             exams.append(run_suite(candidate, arguments.suite, tasks, default_folder(candidate), options, bar))
+        del candidate  # before the next one is loaded
     found = differences(*exams)
     if arguments.json:
         print(json.dumps({"models": [exam.to_json() for exam in exams], "differences": [d.to_json() for d in found]}))

@@ -144,15 +144,20 @@ def examine(examinee: LM, tasks: Sequence[LoadedTask], *, limit: int | None = No
 
 def _scored(loaded: LoadedTask, samples: dict[str, list[dict[str, Any]]], limit: int | None) -> TaskScore:
     spec = loaded.spec
-    items = []
+    items, filters = list[Item](), set[str]()
     for name, task in loaded.parts.items():
-        for sample in sorted(samples[name], key=lambda sample: int(sample["doc_id"])):
+        first = samples[name][0]["filter"]  # of several ways to read an answer out of what was written
+        ours = [sample for sample in samples[name] if sample["filter"] == first]
+        if first != "none":
+            filters.add(first)
+        for sample in sorted(ours, key=lambda sample: int(sample["doc_id"])):
             if spec.metric not in sample:
                 has = ", ".join(sample["metrics"])
                 raise ConfigError(f"{name} has no metric {spec.metric}", fix=f"it has {has}")
             right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
             items.append(_item(name, sample, right, spec.metric))
-    notes = [note for note in (loaded.note, limit and f"the first {limit} questions") if note]
+    read_by = f"read by {', '.join(sorted(filters))}" if filters else None
+    notes = [note for note in (loaded.note, read_by, limit and f"the first {limit} questions") if note]
     return TaskScore(spec.task, spec.metric, spec.shots, "; ".join(notes) or None, tuple(items))
 
 
@@ -165,6 +170,8 @@ def _item(task: str, sample: dict[str, Any], right: Any, metric: str) -> Item:
         choice = max(range(len(nats)), key=nats.__getitem__)
         if isinstance(right, int) and 0 <= right < len(nats):
             right_nats, right_bytes = nats[right], len(sample["arguments"][right][1].encode())
+    if not isinstance(sample[metric], bool | int | float | np.number):
+        raise ConfigError(f"{metric} of {task} is no number", fix="use lm-evaluation-harness itself")
     value = float(sample[metric])
     if not math.isfinite(value):
         raise NumericError(f"{task}: {metric} is {value}", fix="look at the task's questions")

@@ -18,11 +18,11 @@ from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
 from openelm.generate.engine import Engine
 from openelm.generate.request import Generation
 from openelm.generate.sampling import SamplingConfig
+from openelm.kernels.native import kernels_name
 from openelm.model.packed import load_packed
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
-_DECIDING = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _SLOTS = 8
 
 
@@ -32,11 +32,13 @@ class Candidate:
 
     Attributes:
         sha256: of the files that decide what it answers.
+        numerics: what computes it, which decides the last digits.
         writes: None where only likelihoods are known.
     """
 
     name: str
     sha256: str
+    numerics: str
     scores: Scores
     tokenizer: Encodes
     writes: Writes | None
@@ -61,7 +63,9 @@ def open_candidate(folder: Path, device: torch.device | str = "cpu") -> Candidat
     if kind == "openelm":
         model, tokenizer = load_packed(folder, device=device), load_tokenizer(folder)
         scores = OurScores(model, tokenizer.vocab_size)
-        return Candidate(str(folder), sha256, scores, OurTokenizer(tokenizer), EngineWrites(model, tokenizer))
+        numerics = f"{torch.device(device).type} {model.transformer.norm.weight.dtype} {kernels_name()}"
+        writes = EngineWrites(model, tokenizer)
+        return Candidate(str(folder), sha256, numerics, scores, OurTokenizer(tokenizer), writes)
     return _foreign(folder, sha256, device)
 
 
@@ -78,11 +82,14 @@ def _foreign(folder: Path, sha256: str, device: torch.device | str) -> Candidate
     except (OSError, ValueError, KeyError) as error:
         first, *_ = str(error).splitlines() or [type(error).__name__]
         raise DataError(f"transformers cannot open it: {first}", fix="give a folder it opens", file=folder) from error
-    return Candidate(str(folder), sha256, TransformersScores(model), TransformersTokenizer(tokenizer), None)
+    numerics = f"{torch.device(device).type} {model.dtype} transformers"
+    scores = TransformersScores(model)
+    return Candidate(str(folder), sha256, numerics, scores, TransformersTokenizer(tokenizer), None)
 
 
 def _sha256(folder: Path) -> str:
-    files = sorted({file for pattern in _DECIDING for file in folder.glob(pattern)})
+    """Hash all files that may decide what a model answers: weights of any format, settings, tokenizers, code."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in (".md", ".html"))
     return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in files]))
 
 

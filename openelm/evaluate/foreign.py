@@ -28,14 +28,23 @@ class TransformersScores:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        context = getattr(model.config, "max_position_embeddings", None) or 2048
-        window = getattr(model.config, "sliding_window", None) or context  # beyond it our masks would show too much
-        self.context_tokens: int = min(context, window)
+        config = model.config.get_text_config()
+        self.context_tokens: int = getattr(config, "max_position_embeddings", None) or 2048
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+        if getattr(config, "attention_types", None):  # of GPT-Neo, whose windows are in rows of tokens, not positions
+            raise self._refusal()
+        self._window = min((window for window in windows if isinstance(window, int)), default=self.context_tokens)
         self._scales = False
         self._check()
 
     def states(self, forest: Forest) -> Tensor:
         """Return the final states (R, D); of a model that does more to them than a product, its predictions (R, V)."""
+        length = int(forest.positions.max()) + 1
+        if length > self._window:
+            raise ConfigError(
+                f"a text of {length} tokens is longer than the {self._window} that some layers of the model see",
+                fix="evaluate it with lm-evaluation-harness itself",
+            )
         device, dtype = self._model.device, self._model.dtype
         unseen = torch.zeros(forest.visible.shape, dtype=dtype, device=device)
         unseen.masked_fill_(~forest.visible.to(device), torch.finfo(dtype).min)
@@ -55,19 +64,24 @@ class TransformersScores:
 
     @torch.inference_mode()
     def _check(self) -> None:
-        """Compare a text by itself with the same as the second tree of a row, and see what the head does to states."""
+        """Compare a text by itself with the same as the last answer of a row, and see what the head does to states."""
         ids = torch.tensor([_PROBE], device=self._model.device) % self.vocab_size
         wanted = self._model(input_ids=ids, use_cache=False).logits[0]
         text = tuple(ids[0].tolist())
+        others = ((*text[::-1], 0), (*text, 0))
+        row = Forest([Tree(text[::-1], others), Tree(text[:3], (*others, (*text[3:], 0)))])
         for self._scales in (False, True):  # scaled or capped logits are the whole model's alone
             try:
-                states = self.states(Forest([Tree(text[::-1], ((0,),)), Tree(text[:3], ((*text[3:], 0),))]))
-            except (TypeError, ValueError, RuntimeError):  # of its own code, about arguments that it does not take
-                break
-            found = self.logits(states[-len(text) :])
+                found = self.logits(self.states(row))
+            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+                continue  # its code takes no such thing
+            found = torch.cat((found[row.trees[1][0]], found[row.trees[1][1][-1].own]))
             if (found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
                 return
-        raise ConfigError(
+        raise self._refusal()
+
+    def _refusal(self) -> ConfigError:
+        return ConfigError(
             f"{type(self._model).__name__} does not take masks and positions of its caller's",
             fix="evaluate it with lm-evaluation-harness itself",
         )

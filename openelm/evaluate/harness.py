@@ -19,6 +19,8 @@ from openelm.evaluate.trees import Answer, Scores, Tree, answer_likelihoods
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is."""
 _FIRST_TOKENS, _MOST_TOKENS = 256, 16_384
+_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens")
+"""What tasks call the tokens that a model may write."""
 
 
 class Encodes(Protocol):
@@ -142,10 +144,16 @@ class Examinee(TemplateLM):
         writings, texts = [], list[str]()
         for request in requests:
             prompt, options = request.args
-            until, most = options.get("until", []), options.get("max_gen_toks", 256)
+            until = options.get("until", [])
+            most = next((options[name] for name in _MOST if name in options), 256)
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise ConfigError("this task samples", fix="choose one that decodes greedily")
-            room = max(1, self._scores.context_tokens - most)
+            room = self._scores.context_tokens - most
+            if room < 1:
+                raise ConfigError(
+                    f"this task lets the model write {most} tokens, and its context is {self._scores.context_tokens}",
+                    fix="use a model with a longer context",
+                )
             ids = self._encodes.encode(prompt, starts=True)[-room:]
             writings.append(Writing(tuple(ids), tuple([until] if isinstance(until, str) else until), most))
         for text in self._writes(writings):
@@ -157,6 +165,7 @@ class Examinee(TemplateLM):
         """Cut the beginning of what is longer than the context, as the harness does."""
         if not answer:
             raise DataError("an answer is nothing but what its prompt ends with", fix="look at the task's answers")
+        prompt = prompt or [self._encodes.start_id]
         kept = (prompt + answer)[-(self._scores.context_tokens + 1) :]
         first = max(1, len(kept) - len(answer))
         return tuple(kept[:first]), tuple(kept[first:])
@@ -175,8 +184,8 @@ class Examinee(TemplateLM):
             began = time.perf_counter()
             try:
                 found = answer_likelihoods(self._scores, row)
-            except torch.OutOfMemoryError:
-                if len(row) == 1 or not self._pace.failed():
+            except RuntimeError as error:
+                if not _ran_out(error) or len(row) == 1 or not self._pace.failed():
                     raise
                 continue
             del trees[: len(row)]
@@ -198,6 +207,12 @@ class Examinee(TemplateLM):
             row.append(tree)
             tokens += tree.tokens
         return row
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    """Tell whether memory ran out: of a GPU, or of the machine, about which torch has no error of its own."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _by_length(tree: Tree) -> tuple[int, tuple[int, ...]]:

@@ -11,11 +11,14 @@ from openelm.evaluate.answers import Answers
 from openelm.evaluate.exam import Exam, examine, items_jsonl
 from openelm.evaluate.examinees import Candidate
 from openelm.evaluate.harness import Examinee, Progress
-from openelm.evaluate.presets import PRESETS, TaskSpec
+from openelm.evaluate.presets import PRESETS
 from openelm.evaluate.questions import read_questions
-from openelm.evaluate.tasks import DataFrom, LoadedTask, load_tasks, multiple_choice
+from openelm.evaluate.tasks import DataFrom, LoadedTask, Wanted, load_tasks, multiple_choice
 from openelm.files.atomic import make_folder, write_atomic
-from openelm.files.hashes import canonical_json
+from openelm.files.hashes import canonical_json, sha256_bytes
+
+_SCORER = 1
+"""Counts changes of the scorer after which older answers are no longer taken."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ def load_suite(suite: str, data: DataFrom) -> list[LoadedTask]:
     """
     kind, _, argument = suite.partition(":")
     if suite in PRESETS:
-        return load_tasks(PRESETS[suite].tasks, data)
+        return load_tasks([Wanted(spec.task, spec.shots, spec.metric) for spec in PRESETS[suite].tasks], data)
     if kind == "lm-eval" and argument:
-        return load_tasks([_task_spec(text) for text in argument.split(",")], data)
+        return load_tasks([_wanted(text) for text in argument.split(",")], data)
     if kind == "choices" and argument:
         return [multiple_choice(Path(argument).stem, read_questions(Path(argument)))]
     names = ", ".join((*PRESETS, "lm-eval:TASKS", "choices:PATH"))
@@ -72,7 +75,8 @@ def run_suite(
         DiskError: the folder cannot be written.
     """
     make_folder(folder)
-    with Answers(folder / "answers.jsonl", candidate.sha256) as answers:
+    computed_by = sha256_bytes(canonical_json([_SCORER, candidate.sha256, candidate.numerics]))
+    with Answers(folder / "answers.jsonl", computed_by) as answers:
         examinee = Examinee(
             candidate.scores,
             candidate.tokenizer,
@@ -82,21 +86,24 @@ def run_suite(
             progress=progress,
         )
         exam = Exam(suite, candidate.name, candidate.sha256, examine(examinee, tasks, limit=options.limit))
-    write_atomic(folder / result_file(suite), canonical_json(exam.to_json()) + b"\n")
-    write_atomic((folder / result_file(suite)).with_suffix(".items.jsonl"), items_jsonl(exam.tasks))
+    results = folder / result_file(suite, options.limit)
+    write_atomic(results, canonical_json(exam.to_json()) + b"\n")
+    write_atomic(results.with_suffix(".items.jsonl"), items_jsonl(exam.tasks))
     return exam
 
 
-def result_file(suite: str) -> str:
-    """Name the file of a suite's results."""
-    return re.sub(r"[^A-Za-z0-9.@_-]+", "-", suite)[-100:] + ".json"
+def result_file(suite: str, limit: int | None) -> str:
+    """Name the file of a suite's results, or of a part of its questions."""
+    name = re.sub(r"[^A-Za-z0-9.@_-]+", "-", suite)
+    if len(name) > 80:
+        name = f"{name[:60]}-{sha256_bytes(suite.encode())[:8]}"
+    return f"{name}.json" if limit is None else f"{name}-first-{limit}.json"
 
 
-def _task_spec(text: str) -> TaskSpec:
-    """Read TASK or TASK@SHOTS; the metric is the task's first one, or that of the paper's suites."""
+def _wanted(text: str) -> Wanted:
+    """Read TASK or TASK@SHOTS; the metric is that of the paper's suites, or the task's first one."""
     task, at, shots = text.strip().partition("@")
     if not task or (at and not shots.isdigit()):
         raise ConfigError(f"a task is called {text!r}", fix="write TASK or TASK@SHOTS, as in arc_easy,winogrande@5")
-    known = {spec.task: spec for suite in PRESETS.values() for spec in suite.tasks}
-    metric = known[task].metric if task in known else ""
-    return TaskSpec(task, int(shots or 0), metric, task)
+    known = {spec.task: spec.metric for suite in PRESETS.values() for spec in suite.tasks}
+    return Wanted(task, int(shots) if at else None, known.get(task))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lm_eval
 from datasets import Dataset
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
@@ -38,6 +40,15 @@ _FOLDERS = {
 _HUB = "huggingface.co"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A task or a group by name; None takes the task's own shots, and the first metric of which the mean counts."""
+
+    task: str
+    shots: int | None
+    metric: str | None
+
+
 class LoadedTask:
     """A column of a suite: a task of the harness, or several whose items count together.
 
@@ -49,7 +60,7 @@ class LoadedTask:
         self.spec, self.parts, self.note = spec, parts, note
 
 
-def load_tasks(specs: Sequence[TaskSpec], data: DataFrom = "auto", *, hub: str = _HUB) -> list[LoadedTask]:
+def load_tasks(wanted: Sequence[Wanted], data: DataFrom = "auto", *, hub: str = _HUB) -> list[LoadedTask]:
     """Load tasks and their data.
 
     Args:
@@ -62,8 +73,12 @@ def load_tasks(specs: Sequence[TaskSpec], data: DataFrom = "auto", *, hub: str =
     if data not in get_args(DataFrom):
         raise ConfigError(f"data from {data!r}", fix=f"use one of {', '.join(get_args(DataFrom))}")
     local = data == "local" or (data == "auto" and not _reaches(hub))
-    manager = _manager([spec.task for spec in specs])
-    return [_loaded(manager, spec, local) for spec in specs]
+    manager = _manager([one.task for one in wanted])
+    loaded = [_loaded(manager, one, local) for one in wanted]
+    names = [name for task in loaded for name in task.parts]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{', '.join(sorted(twice))} would be asked twice", fix="run them one after the other")
+    return loaded
 
 
 def multiple_choice(name: str, rows: Sequence[dict[str, Any]]) -> LoadedTask:
@@ -84,24 +99,38 @@ def multiple_choice(name: str, rows: Sequence[dict[str, Any]]) -> LoadedTask:
     return LoadedTask(TaskSpec(name, 0, "acc_norm", name), {name: task}, None)
 
 
-def _loaded(manager: TaskManager, spec: TaskSpec, local: bool) -> LoadedTask:
-    names = _members(manager, spec.task)
-    notes = set[str | None]()
-    configs = []
-    for name in names:
-        config: dict[str, Any] = {"task": name, "num_fewshot": spec.shots}
+def _loaded(manager: TaskManager, wanted: Wanted, local: bool) -> LoadedTask:
+    configs, notes, counts = list[dict[str, Any]](), set[str | None](), set[int]()
+    for name in _members(manager, wanted.task):
+        shots = wanted.shots
+        if shots is None:
+            shots = int(manager.task_index[name].cfg.get("num_fewshot") or 0)
+        config: dict[str, Any] = {"task": name, "num_fewshot": shots}
         if local:
-            found = local_data(name, spec.shots)
+            found = local_data(name, shots)
             config |= {"custom_dataset": found.load, **found.changes}
             notes.add(found.note)
+        counts.add(shots)
         configs.append(config)
+    if len(counts) > 1:
+        raise ConfigError(f"the tasks of {wanted.task} have different shots", fix="name them one by one")
     parts = _built(manager, configs)
     for part in parts.values():
         part.set_fewshot_seed(seed=1234)  # the harness's own
-    if not spec.metric:
-        first = next(iter(parts.values())).config.metric_list[0]["metric"]
-        spec = replace(spec, metric=first)
+    metric = wanted.metric or _first_mean(wanted.task, next(iter(parts.values())))
+    spec = TaskSpec(wanted.task, counts.pop(), metric, wanted.task)
     return LoadedTask(spec, parts, "; ".join(sorted(note for note in notes if note)) or None)
+
+
+def _first_mean(name: str, task: Task) -> str:
+    """Choose the first metric whose value is the mean over questions."""
+    found = [metric for metric, aggregation in task.aggregation().items() if aggregation is mean]
+    if not found:
+        has = ", ".join(task.aggregation())
+        raise ConfigError(
+            f"{name} has {has}, of which none is a mean over questions", fix="use lm-evaluation-harness itself"
+        )
+    return str(found[0])
 
 
 def _built(manager: TaskManager, configs: Sequence[dict[str, Any]]) -> dict[str, Task]:
@@ -148,6 +177,10 @@ def _manager(names: Sequence[str]) -> TaskManager:
 
 def _reaches(hub: str) -> bool:
     """Tell whether the hub's data can be fetched: without this, libraries try for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    if any(os.environ.get(name) for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # by another way than a connection of ours
     try:
         with socket.create_connection((hub, 443), timeout=3):
             return True

@@ -32,6 +32,9 @@ class Tree:
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
 
+    def __post_init__(self) -> None:
+        assert self.prompt and self.answers and all(self.answers)
+
     @property
     def tokens(self) -> int:
         """Count the tokens that pass the layers."""

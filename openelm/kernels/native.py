@@ -14,11 +14,13 @@ from torch import Tensor
 from openelm.kernels.precision import cpu_multiplies_bf16
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2")
+"""A CPU with one of them has those that follow."""
 
 
 def kernels_name() -> str:
     """Name the kernels in use: the instruction set of the C++ ones, or `torch`."""
-    return (_instruction_set() if _library() else None) or "torch"
+    return (_built() if _library() else None) or "torch"
 
 
 def native_missing() -> str | None:
@@ -73,7 +75,7 @@ def _function(name: str, kinds: tuple[type, ...]) -> Any:
 
 
 def _instruction_set() -> str | None:
-    """Name what the kernels are compiled for: torch's own choice, which ATEN_CPU_CAPABILITY can lower."""
+    """Name the best that this CPU has kernels for, of what torch uses, which ATEN_CPU_CAPABILITY can lower."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
         return ("amx" if _allows_amx() else "avx512_bf16") if cpu_multiplies_bf16() else "avx512"
@@ -83,13 +85,22 @@ def _instruction_set() -> str | None:
 @functools.cache
 def _allows_amx() -> bool:
     """Tell whether there are AMX's registers, which the system gives to those who ask: torch does, for the process."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has, asks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx"))
+    return bool(has and asks and has() and asks())
+
+
+@functools.cache
+def _built() -> str | None:
+    """Name the best instruction set that was built: old compilers leave out the newest."""
+    best = _instruction_set()
+    names = _INSTRUCTION_SETS[_INSTRUCTION_SETS.index(best) :] if best else ()
+    return next((name for name in names if importlib.util.find_spec(f"openelm.kernels._{name}")), None)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """Load the library for this CPU's instruction set."""
-    name = _instruction_set()
+    name = _built()
     found = importlib.util.find_spec(f"openelm.kernels._{name}") if name else None
     if found is None or found.origin is None:
         return None

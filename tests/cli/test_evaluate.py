@@ -79,6 +79,8 @@ def test_what_cannot_be_asked_is_told(trained: Path, questions: Path, failed: Ca
     assert "zero-shot" in failed(2, "eval", model, "--suite", "nothing")
     assert "TASK@SHOTS" in failed(2, "eval", model, "--suite", "lm-eval:arc_easy@many")
     assert "published" in failed(2, "eval", model, "--suite", f"choices:{questions}", "--against", "published")
-    assert "1 or more" in failed(2, "eval", model, "--suite", f"choices:{questions}", "--limit", "0")
+    for option in ("--limit", "--batch-tokens"):
+        assert "1 or more" in failed(2, "eval", model, "--suite", f"choices:{questions}", option, "0")
+    assert "is for questions" in failed(2, "eval", model, "--suite", f"bpb:{questions}", "--limit", "3")
     assert "config.json" in failed(3, "eval", questions.parent, "--suite", f"choices:{questions}")
     assert "no such file" in failed(3, "eval", model, "--suite", "choices:missing.jsonl")

@@ -189,7 +189,7 @@ def test_questions_of_a_file_are_counted_by_hand(model: OpenELM, tokenizer: Toke
         for second in range(5)
     ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    candidate = Candidate("m", "0" * 64, OurScores(model, tokenizer.vocab_size), OurTokenizer(tokenizer), None)
+    candidate = Candidate("m", "0" * 64, "", OurScores(model, tokenizer.vocab_size), OurTokenizer(tokenizer), None)
     suite = f"choices:{tmp_path / 'sums.jsonl'}"
     exam = run_suite(candidate, suite, load_suite(suite, "local"), tmp_path / "out")
     (task,) = exam.tasks
@@ -213,3 +213,60 @@ def test_questions_of_a_file_are_counted_by_hand(model: OpenELM, tokenizer: Toke
     assert task.bits_per_byte == pytest.approx(bits / count)
     saved = json.loads(next((tmp_path / "out").glob("choices*sums.jsonl.json")).read_bytes())
     assert saved == json.loads(json.dumps(exam.to_json()))
+
+
+@pytest.fixture
+def two_tasks() -> Any:
+    from openelm.evaluate.tasks import multiple_choice
+
+    rows = [{"query": f"{number} is", "choices": ["even", "odd"], "gold": number % 2} for number in range(6)]
+    return [multiple_choice("first", rows), multiple_choice("second", rows[:3])]
+
+
+def test_a_part_of_the_questions_does_not_replace_all_of_them(
+    model: OpenELM, tokenizer: Tokenizer, two_tasks: Any, tmp_path: Path
+) -> None:
+    from openelm.evaluate.examinees import Candidate, OurTokenizer
+    from openelm.evaluate.run import ExamOptions, run_suite
+
+    scores = Counting(OurScores(model, 257))
+    candidate = Candidate("m", "0" * 64, "cpu", scores, OurTokenizer(tokenizer), None)
+    whole = run_suite(candidate, "mine", two_tasks, tmp_path)
+    passed = scores.tokens
+    part = run_suite(candidate, "mine", two_tasks, tmp_path, ExamOptions(limit=2))
+    assert [task.n for task in whole.tasks] == [6, 3] and [task.n for task in part.tasks] == [2, 2]
+    assert json.loads((tmp_path / "mine.json").read_bytes())["tasks"][0]["n"] == 6
+    assert json.loads((tmp_path / "mine-first-2.json").read_bytes())["tasks"][0]["n"] == 2
+    assert scores.tokens == passed  # all of it was known
+    other = Candidate("m", "0" * 64, "another device", scores, OurTokenizer(tokenizer), None)
+    run_suite(other, "mine", two_tasks, tmp_path)
+    assert scores.tokens == 2 * passed
+
+
+def test_models_that_differ_in_any_file_are_others(tmp_path: Path) -> None:
+    from openelm.evaluate.examinees import _sha256
+
+    hashes = set()
+    for number, name in enumerate(("config.json", "pytorch_model.bin", "model.safetensors", "vocab.txt", "README.md")):
+        (tmp_path / name).write_bytes(b"%d" % number)
+        hashes.add(_sha256(tmp_path))
+    assert len(hashes) == 4  # a page about the model decides nothing
+
+
+def test_a_task_is_asked_once_and_by_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openelm.evaluate import tasks
+    from openelm.evaluate.run import load_suite
+
+    made: dict[str, Any] = {"task": "made", "output_type": "loglikelihood"}
+    made |= {"doc_to_text": "{{a}}", "doc_to_target": "{{b}}", "test_split": "test"}
+    made |= {"custom_dataset": lambda **options: {"test": tasks.Dataset.from_list([{"a": "1", "b": "2"}])}}
+    task = tasks.ConfigurableTask(config={**made, "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]})
+    assert tasks._first_mean("made", task) == "acc"
+    with pytest.raises(ConfigError, match="none is a mean"):
+        tasks._first_mean("made", tasks.ConfigurableTask(config={**made, "metric_list": [{"metric": "perplexity"}]}))
+    monkeypatch.setattr(tasks, "_built", lambda manager, configs: {config["task"]: task for config in configs})
+    monkeypatch.setattr(tasks, "_reaches", lambda hub: True)
+    with pytest.raises(ConfigError, match="asked twice"):
+        load_suite("lm-eval:arc_easy,arc_easy@5", "auto")
+    with pytest.raises(ConfigError, match=r"has no task 'arc_hardest'; near: .*arc_"):
+        tasks._members(tasks._manager(["arc_easy"]), "arc_hardest")

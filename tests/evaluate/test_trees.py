@@ -111,6 +111,17 @@ def test_models_of_transformers_answer_as_they_do_alone(name: str, options: dict
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_texts_beyond_a_window_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.MistralConfig(**SHAPE, sliding_window=16, num_key_value_heads=2)
+    scores = TransformersScores(transformers.MistralForCausalLM(config).eval())
+    assert answer_likelihoods(scores, [Tree(tuple(range(10)), ((1, 2, 3), (4,)))])
+    with pytest.raises(ConfigError, match="longer than the 16"):
+        answer_likelihoods(scores, [Tree(tuple(range(16)), ((1, 2, 3),))])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_models_that_choose_positions_themselves_are_refused() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(3)
