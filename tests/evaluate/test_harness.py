@@ -181,7 +181,7 @@ def test_questions_of_a_file_are_counted_by_hand(model: OpenELM, tokenizer: Toke
     from math import log
 
     from openelm.evaluate.examinees import Candidate, OurTokenizer
-    from openelm.evaluate.run import load_suite, run_suite
+    from openelm.evaluate.run import load_suite, result_file, run_suite
 
     rows = [
         {"query": f"{first} plus {second} is", "choices": [str(first + second), "no", "perhaps"], "gold": 0}
@@ -211,7 +211,7 @@ def test_questions_of_a_file_are_counted_by_hand(model: OpenELM, tokenizer: Toke
     low, high = task.interval or (1.0, 0.0)
     assert low <= task.value <= high
     assert task.bits_per_byte == pytest.approx(bits / count)
-    saved = json.loads(next((tmp_path / "out").glob("choices*sums.jsonl.json")).read_bytes())
+    saved = json.loads((tmp_path / "out" / result_file(suite, None)).read_bytes())
     assert saved == json.loads(json.dumps(exam.to_json()))
 
 
