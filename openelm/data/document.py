@@ -42,9 +42,25 @@ class Block(NamedTuple):
     bytes: int = 0
 
 
+class Row(NamedTuple):
+    """One row of JSON or Parquet as it stands, before anything is asked of it.
+
+    Args:
+        value: the object, the fault of a bad row, or None for a line without text.
+        line: counts from 1 within the file; in Parquet the number of the row.
+        offset: where it begins, in bytes, if that is known.
+        data: its bytes, if the format has them.
+    """
+
+    value: dict[str, Any] | DataError | None
+    line: int
+    offset: int | None = None
+    data: bytes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How the files of one source become documents."""
+    """How the files of one source become documents; without a text key they are only read as whole rows."""
 
     source: str
     text_key: str = "text"

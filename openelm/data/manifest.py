@@ -18,7 +18,7 @@ from openelm.config import Config
 from openelm.data.blocks import Blocks
 from openelm.data.document import BLOCK_BYTES, MAX_DOCUMENT_BYTES, ReadOptions
 from openelm.data.paths import expand_paths
-from openelm.data.readers import READERS, format_of
+from openelm.data.readers import READERS, format_of, look_inside
 from openelm.data.remote import DataPath, Url, data_path, local_copy
 from openelm.data.retry import retried
 from openelm.errors import ConfigError, DataError
@@ -36,9 +36,10 @@ class SourceConfig(Config):
     """Files, folders (walked to their depth) and globs."""
     exclude: tuple[str, ...] = ()
     """Globs of file names to leave out, such as held-out files."""
-    format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "txt", "jsonl", "json", "parquet"] = "auto"
+    """`json`: a file that is one array; `auto` goes by the suffix, and looks into a .json file."""
     text_key: str = "text"
-    """The JSON key or Parquet column that holds the text."""
+    """The JSON key or Parquet column that holds the text; empty for rows that are read whole."""
     weight: PositiveFloat = 1.0
     """This source's share of the training tokens, relative to the other sources' weights."""
     document_bytes: PositiveInt | None = None
@@ -340,19 +341,20 @@ def scan_shard(
     Raises:
         DataError: E_FORMAT, E_READ, E_CHANGED; and what `scan` of the format finds (E_TRUNC, E_SCHEMA, …).
     """
-    kind = format_of(path) if kind == "auto" else kind
+    named = format_of(path) if kind == "auto" else kind
 
-    def scan() -> tuple[str, Blocks]:
+    def scan() -> tuple[str, str, Blocks]:
         with local_copy(path) if isinstance(path, Url) else contextlib.nullcontext(path) as local:
+            found = look_inside(local, named) if kind == "auto" else named
             try:
-                blocks = Blocks(READERS[kind].scan(local, options, strict=strict, block_bytes=block_bytes))
+                blocks = Blocks(READERS[found].scan(local, options, strict=strict, block_bytes=block_bytes))
             except DataError as error:
                 raise error if local == path else _about(path, error) from None
-            return sha256_file(local), blocks
+            return found, sha256_file(local), blocks
 
     try:
         before = file_state(path)
-        digest, blocks = retried(scan)
+        found, digest, blocks = retried(scan)
         after = file_state(path)
     except OSError as error:
         raise unreadable(path, error) from None
@@ -360,7 +362,7 @@ def scan_shard(
         fix = "wait until it is complete"
         raise DataError("the file is being written to", fix=fix, file=path, code="E_CHANGED")
     size, modified_ns, version = after
-    return Shard(str(path), name, kind, size, modified_ns, digest, blocks.rows, blocks, version)
+    return Shard(str(path), name, found, size, modified_ns, digest, blocks.rows, blocks, version)
 
 
 def _about(path: DataPath, error: DataError) -> DataError:

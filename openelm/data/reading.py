@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 from openelm.data.document import BadRow, Block, Document, Drops, add_drops
 from openelm.data.filters import character_filter
@@ -14,6 +14,8 @@ from openelm.data.readers import READERS
 from openelm.data.remote import data_path
 from openelm.data.retry import wait_to_retry
 from openelm.errors import DataError
+
+T = TypeVar("T")
 
 
 def read_documents(
@@ -59,6 +61,16 @@ def reason_to_drop(row: Document | DataError, on_bad_row: str, min_characters: i
 def read_block(source: Source, shard: Shard, block: Block, first: int = 0) -> Iterator[Document | DataError]:
     """Yield a block's rows from its row `first` on, exactly as many as the manifest says.
 
+    Raises:
+        DataError: as `whole_block`.
+    """
+    path, read = data_path(shard.path), READERS[shard.format].read
+    return whole_block(shard, block, first, lambda row: read(path, block, source.options, row))
+
+
+def whole_block(shard: Shard, block: Block, first: int, read: Callable[[int], Iterator[T]]) -> Iterator[T]:
+    """Yield what `read` yields from a block's row `first` on, and hold it to the number of rows in the manifest.
+
     After an I/O error that may pass it goes on with the row it was at, up to three tries.
 
     Raises:
@@ -68,7 +80,7 @@ def read_block(source: Source, shard: Shard, block: Block, first: int = 0) -> It
     path, count, failures = data_path(shard.path), first, 0
     while True:
         try:
-            for row in READERS[shard.format].read(path, block, source.options, count):
+            for row in read(count):
                 yield row
                 count += 1
             break

@@ -68,7 +68,7 @@ def test_one_value_over_many_lines_gets_a_hint(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('[\n  {"text": "a"}\n]\n')
     with pytest.raises(DataError, match="one object a line"):
-        list(read_documents([source(path)]))
+        list(read_documents([source(path, format="jsonl")]))
 
 
 def test_a_missing_key_error_lists_the_keys_present(tmp_path):

@@ -1,14 +1,18 @@
-"""One file a format; each cuts a file into blocks (`scan`) and reads the rows of a block (`read`)."""
+"""One file a format; each cuts a file into blocks (`scan`) and reads the rows of a block as texts (`read`).
+
+Those whose rows are objects also read them whole (`read_objects`).
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from openelm.data.readers import jsonl, parquet, txt
+from openelm.data.readers import json_array, jsonl, parquet, txt
 from openelm.data.remote import DataPath
 from openelm.errors import DataError
 
-READERS: dict[str, ModuleType] = {"txt": txt, "jsonl": jsonl, "parquet": parquet}
+READERS: dict[str, ModuleType] = {"txt": txt, "jsonl": jsonl, "json": json_array, "parquet": parquet}
+_MAYBE_ARRAYS = (".json", ".json.gz", ".json.zst")
 SUFFIXES = {
     **dict.fromkeys((".txt", ".md", ".text"), "txt"),
     **{
@@ -36,3 +40,9 @@ def format_of(path: DataPath) -> str:
         file=path,
         code="E_FORMAT",
     )
+
+
+def look_inside(path: DataPath, kind: str) -> str:
+    """Correct the format that a name stands for: many a .json file is one array instead of JSON Lines."""
+    is_array = path.name.lower().endswith(_MAYBE_ARRAYS) and json_array.is_array(path)
+    return "json" if kind == "jsonl" and is_array else kind

@@ -13,6 +13,7 @@ from openelm.data.document import (
     Block,
     Document,
     ReadOptions,
+    Row,
     bad_text,
     decode_text,
     too_long,
@@ -75,64 +76,103 @@ def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> 
     Raises:
         DataError: E_TRUNC or E_CORRUPT for compressed data.
     """
+    for row in read_objects(path, block, options, first):
+        yield document(row, path, options)
+
+
+def read_objects(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of a block from its row `first` on, whatever their keys.
+
+    Raises:
+        DataError: E_TRUNC or E_CORRUPT for compressed data.
+    """
     lines = read_lines(path, block.offset, options.max_document_bytes)
     compressed, limit = is_compressed(path), options.max_document_bytes
     skip = block.skip_rows + first
     for row, line in enumerate(islice(lines, skip, block.skip_rows + block.rows), block.first_row + first):
-        offset = block.offset + line.offset
+        # Of a compressed file it would mix compressed and decompressed bytes; the line says enough.
+        offset = None if compressed else block.offset + line.offset
         if line.data is None:
-            result: Document | DataError = too_long(path, limit, line=row + 1, offset=offset, fix=_TOO_LONG_FIX)
+            value: Any = too_long(path, limit, line=row + 1, offset=offset, fix=_TOO_LONG_FIX)
         else:
-            result = _parse(line.data, path, row, offset, options)
-        if isinstance(result, DataError):
-            result.row_sha256 = None if line.data is None else sha256_bytes(line.data)
-            if compressed:
-                result.offset = None  # it mixes compressed and decompressed bytes; the line says enough
-        yield result
+            value = _parse(line.data, path, row, offset)
+            if isinstance(value, DataError):
+                value.row_sha256 = sha256_bytes(line.data)
+        yield Row(value, row + 1, offset, line.data)
 
 
-def _parse(data: bytes, path: DataPath, row: int, offset: int, options: ReadOptions) -> Document | DataError:
-    decoded = decode_text(data, path, line=row + 1, offset=offset)
+def document(row: Row, path: DataPath, options: ReadOptions) -> Document | DataError:
+    """Take the text out of a row; its fault is returned, as a value, if it has none."""
+    if isinstance(row.value, DataError):
+        return row.value
+    text = _text("" if row.value is None else row.value, path, row, options.text_key)
+    if isinstance(text, DataError):
+        text.row_sha256 = None if row.data is None else sha256_bytes(row.data)
+        return text
+    return Document(text, options.source, str(path), row.line - 1)
+
+
+def _text(value: dict[str, Any] | str, path: DataPath, row: Row, key: str) -> str | DataError:
+    if isinstance(value, str):
+        return value
+    if key not in value:
+        keys = ", ".join(repr(key[:40]) for key in list(value)[:12]) or "none"
+        return _bad_row(f"no key {key!r}; keys present: {keys}", "E_SCHEMA", path, row.line)
+    text = value[key]
+    if not isinstance(text, str):
+        what = f"key {key!r} holds a JSON {json_kind(text)}, but must hold a string"
+        return _bad_row(what, "E_SCHEMA", path, row.line)
+    if fault := fault_of_text(text):
+        return bad_text(fault, path, row.line, row.offset)
+    return text
+
+
+def fault_of_text(text: str) -> str | None:
+    """Say what makes a string one that no text file holds, or None."""
+    if "\0" in text:
+        return "the text holds a NUL character"
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text holds a lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}"
+    return None
+
+
+def _parse(data: bytes, path: DataPath, row: int, offset: int | None) -> dict[str, Any] | DataError | None:
+    decoded = decode_text(data, path, line=row + 1, offset=offset or 0)
     if isinstance(decoded, DataError):
+        decoded.offset = None if offset is None else decoded.offset
         return decoded
     if not decoded.strip():
-        return Document("", options.source, str(path), row)
+        return None
     try:
-        value = _DECODER.decode(decoded)
+        value = DECODER.decode(decoded)
     except RecursionError:
-        return _bad_row("not usable JSON: nested too deeply", "E_JSON", path, row)
+        return _bad_row("not usable JSON: nested too deeply", "E_JSON", path, row + 1)
     except ValueError as error:
         hint = ""
         if decoded[0] == "\ufeff":
             hint = "; it starts with a byte order mark"
         elif row == 0 and decoded.strip() in ("[", "{"):
             hint = "; this file holds one value over many lines, but JSON Lines has one object a line"
-        return _bad_row(f"not valid JSON ({str(error)[:120]}){hint}", "E_JSON", path, row)
-    if not isinstance(value, dict):
-        return _bad_row(f"a JSON {_kind(value)}, but each line must be an object", "E_SCHEMA", path, row)
-    if options.text_key not in value:
-        keys = ", ".join(repr(key[:40]) for key in list(value)[:12]) or "none"
-        return _bad_row(f"no key {options.text_key!r}; keys present: {keys}", "E_SCHEMA", path, row)
-    text = value[options.text_key]
-    if not isinstance(text, str):
-        what = f"key {options.text_key!r} holds a JSON {_kind(text)}, but must hold a string"
-        return _bad_row(what, "E_SCHEMA", path, row)
-    if "\0" in text:
-        return bad_text("the text holds a NUL character", path, row + 1, offset)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"the text holds a lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}"
-        return bad_text(what, path, row + 1, offset)
-    return Document(text, options.source, str(path), row)
+        return _bad_row(f"not valid JSON ({str(error)[:120]}){hint}", "E_JSON", path, row + 1)
+    return value if isinstance(value, dict) else not_an_object(value, path, row + 1)
 
 
-def _bad_row(what: str, code: str, path: DataPath, row: int) -> DataError:
+def not_an_object(value: Any, path: DataPath, line: int) -> DataError:
+    """Describe a row that is some other JSON value."""
+    return _bad_row(f"a JSON {json_kind(value)}, but each row must be an object", "E_SCHEMA", path, line)
+
+
+def _bad_row(what: str, code: str, path: DataPath, line: int) -> DataError:
     fix = "mend the line, or set on_bad_row = 'skip'"
-    return DataError(what, fix=fix, file=path, line=row + 1, code=code)
+    return DataError(what, fix=fix, file=path, line=line, code=code)
 
 
-def _kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """Name the kind of a JSON value."""
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
     return names.get(type(value), "null")
 
@@ -149,4 +189,4 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

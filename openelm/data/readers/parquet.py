@@ -1,4 +1,4 @@
-"""Parquet: one string column, read a batch at a time."""
+"""Parquet, read a batch at a time: one string column, or whole rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from openelm.data.document import BLOCK_BYTES, Block, Document, ReadOptions, decode_text, too_long
+from openelm.data.document import BLOCK_BYTES, Block, Document, ReadOptions, Row, bad_text, decode_text, too_long
 from openelm.data.remote import DataPath, Url
 from openelm.data.retry import may_pass
 from openelm.errors import DataError
@@ -28,7 +28,8 @@ def scan(
     """
     with _faults(path):
         file = _open(path)
-        _check_schema(file, path, options.text_key)
+        if options.text_key:
+            _check_schema(file, path, options.text_key)
         metadata = file.metadata
         blocks, first = [], 0
         for group in range(metadata.num_row_groups):
@@ -73,6 +74,38 @@ def read(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> 
             yield result
             row += 1
         left -= len(rows)
+
+
+def read_objects(path: DataPath, block: Block, options: ReadOptions, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of a block from its row `first` on, with all columns.
+
+    Raises:
+        DataError: E_TRUNC or E_CORRUPT when the file itself cannot be read.
+    """
+    skip, left, row = block.skip_rows + first, block.rows - first, block.first_row + first
+    with _faults(path):
+        batches = _open(path).iter_batches(_BATCH_ROWS, row_groups=[block.offset], use_threads=False)
+    while left > 0:
+        with _faults(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        part = batch.slice(skip, left) if skip < batch.num_rows else batch.slice(0, 0)
+        skip = max(0, skip - batch.num_rows)
+        for value in _objects(part):
+            row, left = row + 1, left - 1
+            yield Row(bad_text("a string is not UTF-8", path, row) if value is None else value, row)
+
+
+def _objects(batch: Any) -> list[dict[str, Any] | None]:
+    """Make objects of a batch's rows; None for one with a string that is not UTF-8, which the cast of all refuses."""
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for index in range(batch.num_rows) for row in _objects(batch.slice(index, 1))]
 
 
 def _document(value: bytes | None, path: DataPath, row: int, options: ReadOptions) -> Document | DataError:
