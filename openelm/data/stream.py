@@ -96,6 +96,8 @@ class Batch:
         target_bytes: UTF-8 bytes of text that the targets stand for.
         row_sha256: uint8 (rows, 32), the hash of each row's inputs, then targets, as little-endian int32.
         bad_rows: rows of the data that were passed over to fill these, in no order.
+        examples: int64 (rows, most), of tuning data: the numbers of each row's examples in their order, then -1. A
+            preference is two documents, 2k chosen and 2k + 1 rejected; any other example is one.
     """
 
     inputs: npt.NDArray[np.int64]
@@ -104,6 +106,7 @@ class Batch:
     target_bytes: int
     row_sha256: npt.NDArray[np.uint8]
     bad_rows: tuple[BadRow, ...] = ()
+    examples: npt.NDArray[np.int64] | None = None
 
     @property
     def sha256(self) -> str:
@@ -170,10 +173,9 @@ class BatchStream:
         if config.exclude_documents:
             excluded = load_exclusions(config.exclude_documents, manifest)
             self._fingerprint["exclude_documents"] = excluded.sha256
-        self._step, self._cursors = _restore(cursors, self._fingerprint, config.lanes)
+        self._step, self._cursors = restore_cursors(cursors, self._fingerprint, config.lanes)
         self._rows, self._lanes, self._part = rows, config.lanes, part
-        # Zeros at the end, where the index -100 of a target that is ignored falls.
-        self._byte_lengths = np.append(tokenizer.byte_lengths(), np.zeros(-IGNORED_TARGET, np.int32))
+        self._byte_lengths = padded_byte_lengths(tokenizer.byte_lengths())
         job = Job(
             manifest, str(tokenizer_path), tokenizer.sha256, seed, config.lanes, rows, length,
             config.min_characters, config.min_tokens, config.on_bad_row, self._step, tuple(self._cursors),
@@ -271,7 +273,7 @@ def _check_shape(rows: int, length: int, lanes: int, parts: int) -> None:
         raise ConfigError(f"{parts} processes cannot share {rows} rows a batch from {lanes} lanes", fix=fix)
 
 
-def _restore(
+def restore_cursors(
     cursors: Sequence[dict[str, Any]] | None, fingerprint: dict[str, Any], lanes: int
 ) -> tuple[int, list[dict[str, Any] | None]]:
     """Check a saved state against this stream's fingerprint; returns the step and the lanes' cursors."""
@@ -303,11 +305,31 @@ def _batch(
 ) -> Batch:
     same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)  # below 0: padding
     rows = np.stack([tokens[:, :-1], np.where(same, tokens[:, 1:], IGNORED_TARGET)], axis=1).astype("<i4", copy=False)
+    return batch_of(rows, np.maximum(documents[:, :-1], 0), byte_lengths, bad_rows)
+
+
+def batch_of(
+    rows: npt.NDArray[np.int32],
+    documents: npt.NDArray[np.int32],
+    byte_lengths: npt.NDArray[np.int32],
+    bad_rows: tuple[BadRow, ...],
+    examples: npt.NDArray[np.int64] | None = None,
+) -> Batch:
+    """Make a batch of its rows' inputs and targets, `<i4` (rows, 2, length).
+
+    Args:
+        byte_lengths: as `padded_byte_lengths` returns them.
+    """
     digests = bytearray().join([hashlib.sha256(row).digest() for row in rows])
     inputs, targets = rows.transpose(1, 0, 2).astype(np.int64, order="C")
     target_bytes = int(byte_lengths[rows[:, 1]].sum(dtype=np.int64))
     row_sha256 = np.frombuffer(digests, np.uint8).reshape(len(rows), 32)
-    return Batch(inputs, targets, np.maximum(documents[:, :-1], 0), target_bytes, row_sha256, bad_rows)
+    return Batch(inputs, targets, documents, target_bytes, row_sha256, bad_rows, examples)
+
+
+def padded_byte_lengths(byte_lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Append zeros at the end, where the index -100 of a target that is ignored falls."""
+    return np.append(byte_lengths, np.zeros(-IGNORED_TARGET, np.int32))
 
 
 class _LaneProcess(WorkerProcess):
