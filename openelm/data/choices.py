@@ -49,8 +49,8 @@ def is_question(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("doc"), dict) and isinstance(row.get("request"), dict)
 
 
-def question_identity(row: Mapping[str, Any]) -> tuple[str, int, int, bytes]:
-    """Return the task, the question's number, a number of this row of it, and the hash of what is asked.
+def question_identity(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Return the task, the question's number, and a number of this row of it.
 
     Raises:
         DataError: E_SCHEMA where the row does not say so.
@@ -60,7 +60,12 @@ def question_identity(row: Mapping[str, Any]) -> tuple[str, int, int, bytes]:
         raise _bad("a question needs a string 'task_name', and numbers 'doc_id' and 'idx'")
     if not 0 <= choice < _MOST_CHOICES:
         raise _bad(f"'idx' must be a choice's number below {_MOST_CHOICES} (given: {str(choice)[:40]})")
-    return task, number % _UNCONDITIONAL, number * _MOST_CHOICES + choice, _digest(row["doc"])
+    return task, number % _UNCONDITIONAL, number * _MOST_CHOICES + choice
+
+
+def question_digest(doc: Mapping[str, Any]) -> bytes:
+    """Hash what is asked."""
+    return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def question(row: Mapping[str, Any]) -> Question:
@@ -94,7 +99,7 @@ def _with_choices(doc: Mapping[str, Any], task: str) -> Question:
     wrong = [choice for choice in choices if choice != choices[gold]]
     if not wrong:
         raise DataError("no choice differs from the right one", fix=_FIX, code="E_ANSWER")
-    right, other = f" {choices[gold]}", f" {wrong[int.from_bytes(_digest(doc)) % len(wrong)]}"
+    right, other = f" {choices[gold]}", f" {wrong[int.from_bytes(question_digest(doc)) % len(wrong)]}"
     return Question((prompt, right), (prompt, right, other))
 
 
@@ -131,10 +136,6 @@ _PROMPTS: dict[str, Callable[[str, list[str]], str]] = {
     "socialiqa": lambda query, choices: f"Q: {_bare(query)}\nA:",
 }
 """How the harness asks where the package asks otherwise, by the package's name of the task."""
-
-
-def _digest(doc: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def _bad(what: str) -> DataError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -83,22 +83,17 @@ class Encoder:
         ]
 
     def _sequences(self, answers: Sequence[Answer]) -> Iterator[_Sequence]:
-        """Encode all texts in one call, then join those of each answer."""
-        texts = list(GENERATION_PROMPTS)
-        counts = []
-        for answer in answers:
-            parts = _texts(answer)
-            counts.append(len(parts))
-            texts += parts
-        encoded = iter(self.tokenizer.encode_many(texts))
-        prompts = list(islice(encoded, len(GENERATION_PROMPTS)))
-        for answer, count in zip(answers, counts, strict=True):
-            parts_ids = list(islice(encoded, count))
+        """Encode all texts in one call, each once, then join those of each answer."""
+        parts = [_texts(answer) for answer in answers]
+        texts = list(dict.fromkeys(chain(GENERATION_PROMPTS, *parts)))
+        ids = dict(zip(texts, self.tokenizer.encode_many(texts), strict=True))
+        prompts = [ids[text] for text in GENERATION_PROMPTS]
+        for answer, own in zip(answers, parts, strict=True):
+            own_ids = [ids[text] for text in own]
             if isinstance(answer, Chat):
-                ids, learned = join_learned_chat(self.tokenizer, answer.messages, parts_ids, prompts, answer.given)
-                yield _Sequence(ids, learned)
+                yield _Sequence(*join_learned_chat(self.tokenizer, answer.messages, own_ids, prompts, answer.given))
             else:
-                yield self._text(*parts_ids)
+                yield self._text(*own_ids)
 
     def _text(self, prompt: list[int], whole: list[int]) -> _Sequence:
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]

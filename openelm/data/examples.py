@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from openelm.data.choices import is_question, question_identity
+from openelm.data.choices import is_question, question_digest, question_identity
 from openelm.data.document import BadRow, Drops, add_drops
 from openelm.data.encoding import Encoded, Encoder, Kind, Learn, OnLong
 from openelm.data.manifest import Manifest
@@ -129,6 +129,7 @@ class _Seen:
         self._ids: set[tuple[str, str, str | int]] = set()
         self._questions: dict[tuple[str, str, str, int], bytes] = {}
         self._requests: dict[tuple[str, str, str], set[int]] = {}
+        self._last: tuple[Any, bytes] = None, b""
 
     def is_new(self, place: Place, row: Mapping[str, Any]) -> bool:
         """Tell whether a row is no other choice of a question that came before.
@@ -149,12 +150,15 @@ class _Seen:
         return True
 
     def _is_new_question(self, place: Place, row: Mapping[str, Any]) -> bool:
-        task, number, request, digest = question_identity(row)
+        task, number, request = question_identity(row)
         file = (place.source.name, place.shard.name, task)
         requests = self._requests.setdefault(file, set())
         if request in requests:
             raise _duplicate(f"choice {row['idx']} of doc_id {row['doc_id']} came before")
         requests.add(request)
+        if row["doc"] != self._last[0]:  # the rows of a question follow each other
+            self._last = row["doc"], question_digest(row["doc"])
+        digest = self._last[1]
         before = self._questions.get((*file, number))
         if before is None:
             self._questions[*file, number] = digest
