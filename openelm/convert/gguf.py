@@ -165,13 +165,15 @@ def write_gguf(
         kind: of the matrices, one of `KINDS`; None keeps their dtype. Norms are fp32.
 
     Raises:
-        ConfigError: no such kind, rotary frequencies that llama.cpp does not have, an output matrix of its own, or a
-            tokenizer that is no SentencePiece model.
+        ConfigError: no such kind, rotary frequencies that llama.cpp does not have, queries and keys without norms, an
+            output matrix of its own, or a tokenizer that is no SentencePiece model.
     """
     gguf = needed("gguf", extra="gguf")
     config = source.config
     if config.rope_bf16_frequencies:
         raise ConfigError("llama.cpp rounds no rotary frequencies to bf16", fix="set rope_bf16_frequencies to false")
+    if not config.normalize_qk_projections:
+        raise ConfigError("llama.cpp's OpenELM normalises queries and keys", fix="convert to hf, mlx or onnx")
     if not config.share_input_output_layers:
         raise ConfigError("llama.cpp's OpenELM has no output matrix of its own", fix="convert to hf, mlx or onnx")
     name = kind or _KIND_OF[source.weights[EMBEDDING].dtype]

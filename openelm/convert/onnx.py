@@ -167,8 +167,9 @@ def _attention(graph: _Graph, qkv: str, layer: int, rotary: tuple[str, ...], hid
     turned = graph.node("Transpose", split, perm=[0, 2, 1, 3])
     query, key, value = graph.node("Split", turned, graph.constant([heads, kv_heads, kv_heads]), count=3, axis=1)
     name = f"transformer.layers.{layer}.attn"
-    query = _rotated(graph, _norm(graph, query, f"{name}.q_norm"), rotary)
-    key = _rotated(graph, _norm(graph, key, f"{name}.k_norm"), rotary)
+    if config.normalize_qk_projections:
+        query, key = _norm(graph, query, f"{name}.q_norm"), _norm(graph, key, f"{name}.k_norm")
+    query, key = _rotated(graph, query, rotary), _rotated(graph, key, rotary)
     kept = []
     for kind, new in (("key", key), ("value", value)):
         past = graph.input(f"past_key_values.{layer}.{kind}", ["batch", kv_heads, "past", size])

@@ -25,7 +25,6 @@ _FIXED = {
     "ffn_with_glu": True,
     "activation_fn_name": "swish",
     "normalization_layer_name": "rms_norm",
-    "normalize_qk_projections": True,
 }
 
 
@@ -36,6 +35,7 @@ class OpenELMConfig(PreTrainedConfig):
         num_query_heads, num_kv_heads: one number a layer; left out, they follow the rule of layer-wise scaling from
             `qkv_multipliers` and `num_gqa_groups`.
         ffn_multipliers: the rule's two ends, or one value a layer, times `model_dim`, rounded to `ffn_dim_divisor`.
+        normalize_qk_projections: whether queries and keys are normalised before they are rotated.
         share_input_output_layers: whether the output matrix is the embedding.
         rope_bf16_frequencies: whether rotary frequencies are rounded to bf16, as in the training of the published 3B.
     """
@@ -62,6 +62,7 @@ class OpenELMConfig(PreTrainedConfig):
         num_gqa_groups: int = 4,
         ffn_multipliers: Sequence[float] = (0.5, 4.0),
         ffn_dim_divisor: int = 256,
+        normalize_qk_projections: bool = True,
         share_input_output_layers: bool = True,
         rms_norm_eps: float = 1e-6,
         rope_freq_constant: float = 10000,
@@ -94,7 +95,7 @@ class OpenELMConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {layers} layers")
         # A file may say it in both words; both are true unless somebody took the two matrices apart.
         self.share_input_output_layers = kwargs.pop("tie_word_embeddings", True) and share_input_output_layers
-        self.rms_norm_eps = rms_norm_eps
+        self.normalize_qk_projections, self.rms_norm_eps = normalize_qk_projections, rms_norm_eps
         self.rope_freq_constant, self.rope_max_length = rope_freq_constant, rope_max_length
         self.rope_bf16_frequencies = rope_bf16_frequencies
         self.initializer_range, self.use_cache = initializer_range, use_cache

@@ -73,7 +73,7 @@ def eager_attention(
 
 
 class OpenELMAttention(nn.Module):
-    """Grouped-query attention; queries and keys are normalised by heads and rotated."""
+    """Grouped-query attention; queries and keys are normalised by heads, if the config says so, and rotated."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -83,8 +83,9 @@ class OpenELMAttention(nn.Module):
         self.num_key_value_groups = self.heads // self.kv_heads
         self.scaling, self.is_causal = config.head_dim**-0.5, True
         self.qkv_proj = nn.Linear(config.model_dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.q_norm = OpenELMRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = OpenELMRMSNorm(self.head_dim, config.rms_norm_eps)
+        normed = config.normalize_qk_projections
+        self.q_norm = OpenELMRMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = OpenELMRMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
         self.out_proj = nn.Linear(self.heads * self.head_dim, config.model_dim, bias=False)
 
     def forward(

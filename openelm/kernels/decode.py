@@ -16,14 +16,17 @@ MOST_TOKENS = 96
 
 
 class Block(NamedTuple):
-    """A layer's widths and weights, and its cache: keys and values (slots, KV heads, length, head_dim)."""
+    """A layer's widths and weights, and its cache: keys and values (slots, KV heads, length, head_dim).
+
+    `q_norm` and `k_norm` are None where queries and keys are not normalised.
+    """
 
     query_heads: int
     kv_heads: int
     ffn_dim: int
     attn_norm: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     ffn_norm: Tensor
     qkv: PackedMatrix
     out: PackedMatrix
@@ -56,11 +59,11 @@ class DecodeKernel:
         self._vocabulary = head.layout.rows
         length, head_dim = blocks[0].keys.shape[2:]
         widths = [len(blocks), len(norm), head_dim, length, blocks[0].keys.dtype == torch.bfloat16]
-        entries: list[Tensor | PackedMatrix | int] = [*widths, norm.float(), cos.contiguous(), sin.contiguous()]
+        entries: list[Tensor | PackedMatrix | int | None] = [*widths, norm.float(), cos.contiguous(), sin.contiguous()]
         entries += [embedding, head]
         for block in blocks:
             entries += block[:3]
-            entries += (scale.float().contiguous() for scale in block[3:7])
+            entries += (None if scale is None else scale.float().contiguous() for scale in block[3:7])
             entries += block[7:]
         self._held = [entry for entry in entries if not isinstance(entry, int)]  # the description has their addresses
         numbers = list[int]()
@@ -68,7 +71,7 @@ class DecodeKernel:
             if isinstance(entry, PackedMatrix):
                 numbers += entry.description.tolist()
             else:
-                numbers.append(entry.data_ptr() if isinstance(entry, Tensor) else int(entry))
+                numbers.append(entry.data_ptr() if isinstance(entry, Tensor) else int(entry or 0))
         self._description = torch.tensor(numbers, dtype=torch.int64)
 
     def step(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:

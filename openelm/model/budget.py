@@ -76,7 +76,8 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     The residual stream is fp32. Kept are: the inputs of both norms; the inputs of the four projections; heads before
     and after their norm and rotation, and the output of attention; gate, up and silu(gate). On CPUs norms and gates are
     computed again, so what they give is not kept. A layer that is recomputed selectively keeps the inputs of both
-    norms, heads before their norm, gate and up.
+    norms, heads before their norm, gate and up. Heads that are rotated only are not kept before it, but on GPUs, where
+    the values are a part of what `qkv_proj` gives.
     """
     narrow, dim = work.narrow, plan.dim
     q, kv = plan.query_heads[layer] * plan.head_dim, plan.kv_heads[layer] * plan.head_dim
@@ -85,8 +86,9 @@ def layer_activation_bytes(plan: LayerPlan, layer: int, work: Work) -> int:
     if work.recompute_of(layer) == "selective":
         return work.tokens * (2 * _WIDE * dim + narrow * (q + 2 * kv + 2 * plan.ffn_dims[layer]))
     norms = 2 * (_WIDE + narrow) * dim if work.kind == "gpu" else 2 * _WIDE * dim
-    projected = narrow * (q + 2 * kv)
-    turned = narrow * (2 * (q + kv) if work.kind == "gpu" else q + 2 * kv)
+    projected = narrow * (q + 2 * kv) if plan.normalizes_qk or work.kind == "gpu" else 0
+    normed = narrow * (q + kv) if plan.normalizes_qk else 0
+    turned = normed + narrow * (q + kv) if work.kind == "gpu" else narrow * (q + 2 * kv)
     attended = narrow * 2 * q if work.kind == "gpu" else narrow * q + 2 * _WIDE * plan.query_heads[layer]
     gated = narrow * plan.ffn_dims[layer] * (4 if work.kind == "gpu" else 2)
     masks = 0

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from openelm.config import Config
 from openelm.errors import CheckpointError, ConfigError
-from openelm.model.plan import LayerPlan, multipliers, openelm_plan, round_to_multiple
+from openelm.model.plan import LayerPlan, PlanWithoutHeadNorms, multipliers, openelm_plan, round_to_multiple
 
 # Bounds keep a hostile config.json from asking for absurd amounts of memory before its weights are checked.
 Layers = Annotated[int, Field(ge=1, le=512)]
@@ -46,7 +46,8 @@ class ModelConfig(Config):
     ffn_with_glu: Literal[True] = True
     activation_fn_name: Literal["swish"] = "swish"
     normalization_layer_name: Literal["rms_norm"] = "rms_norm"
-    normalize_qk_projections: Literal[True] = True
+    normalize_qk_projections: bool = True
+    """Whether queries and keys are normalised before they are rotated, as in every published OpenELM."""
     share_input_output_layers: bool = True
     """Whether the output matrix is the embedding; otherwise it is `lm_head.weight`."""
     rms_norm_eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-6
@@ -99,7 +100,8 @@ class ModelConfig(Config):
     def plan(self) -> LayerPlan:
         """The widths of every layer."""
         ffn_dims = (round_to_multiple(self.model_dim * m, self.ffn_dim_divisor) for m in self.ffn_multipliers)
-        return LayerPlan(
+        kind = LayerPlan if self.normalize_qk_projections else PlanWithoutHeadNorms
+        return kind(
             dim=self.model_dim,
             head_dim=self.head_dim,
             query_heads=self.num_query_heads,
@@ -126,6 +128,7 @@ class ModelConfig(Config):
                 "num_kv_heads": plan.kv_heads,
                 "ffn_multipliers": tuple(ffn / plan.dim for ffn in plan.ffn_dims),
                 "ffn_dim_divisor": divisor,
+                "normalize_qk_projections": plan.normalizes_qk,
                 **fields,
             }
         )
@@ -151,7 +154,7 @@ class ModelConfig(Config):
             raise CheckpointError(
                 f"model_type is {values.get('model_type') if isinstance(values, dict) else None!r}, not 'openelm'",
                 file=path,
-                fix="only OpenELM folders can be read",
+                fix="give an OpenELM folder; openelm convert makes one of a Llama",
             )
         try:
             return cls.parse({key: value for key, value in values.items() if key in cls.model_fields}, file=path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 def round_to_multiple(value: float, divisor: int) -> int:
@@ -35,6 +35,7 @@ class LayerPlan:
         head_dim: size of one attention head.
         query_heads, kv_heads: heads of each layer; query heads are a multiple of the layer's KV heads.
         ffn_dims: inner width of each layer's gated feed-forward.
+        normalizes_qk: whether queries and keys have norms, of head_dim numbers each; no width, so no field.
     """
 
     dim: int
@@ -42,6 +43,7 @@ class LayerPlan:
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     ffn_dims: tuple[int, ...]
+    normalizes_qk: ClassVar[bool] = True
 
     @property
     def layers(self) -> int:
@@ -58,7 +60,8 @@ class LayerPlan:
 
     @property
     def norm_parameters(self) -> int:
-        return self.layers * (2 * self.dim + 2 * self.head_dim) + self.dim
+        of_heads = 2 * self.head_dim if self.normalizes_qk else 0
+        return self.layers * (2 * self.dim + of_heads) + self.dim
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -90,6 +93,13 @@ class LayerPlan:
 
     def _attention_flops(self, keys: float) -> float:
         return 4 * sum(self.query_heads) * self.head_dim * keys  # scores and weighted values: 2 FLOPs each
+
+
+@dataclass(frozen=True)
+class PlanWithoutHeadNorms(LayerPlan):
+    """The widths of a model that rotates queries and keys as they are, such as a Llama."""
+
+    normalizes_qk: ClassVar[bool] = False
 
 
 def openelm_plan(

@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; queries and keys are normalised per head, then rotated to their positions."""
+    """Grouped-query attention; queries and keys are normalised per head if the config says so, then rotated."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -77,8 +77,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.query_heads, self.kv_heads = plan.query_heads[layer], plan.kv_heads[layer]
         self.qkv_proj = Linear(plan.dim, (self.query_heads + 2 * self.kv_heads) * plan.head_dim)
-        self.q_norm = RMSNorm(plan.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(plan.head_dim, config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+        self.q_norm = RMSNorm(plan.head_dim, self.eps) if plan.normalizes_qk else None
+        self.k_norm = RMSNorm(plan.head_dim, self.eps) if plan.normalizes_qk else None
         self.out_proj = Linear(self.query_heads * plan.head_dim, plan.dim)
 
     def forward(
@@ -91,12 +92,12 @@ class Attention(nn.Module):
         """Attend with what `qkv_proj` gave; returns what `out_proj` takes."""
         q, k, v = qk_norm_rope(  # (B, Hq, T, E), (B, Hk, T, E), (B, Hk, T, E)
             qkv,
-            self.q_norm.weight,
-            self.k_norm.weight,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
             *rope,
             self.query_heads,
             self.kv_heads,
-            self.q_norm.eps,
+            self.eps,
         )
         if cache is not None:
             return cache.attend(self.layer, q, k, v)

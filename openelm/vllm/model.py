@@ -163,8 +163,8 @@ class OpenELMForCausalLM(nn.Module):
     """The language model as vLLM wants it; vLLM makes one in each of its tensor-parallel processes.
 
     Raises:
-        ConfigError: the widths do not divide among the processes, there are no rotary positions for so long a row, or
-            vLLM's attention has no heads of this size on the device.
+        ConfigError: the widths do not divide among the processes, there are no rotary positions for so long a row,
+            vLLM's attention has no heads of this size on the device, or queries and keys are not normalised.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -172,6 +172,9 @@ class OpenELMForCausalLM(nn.Module):
         found = vllm_config.model_config.hf_config
         fields = {name: getattr(found, name) for name in ModelConfig.model_fields if hasattr(found, name)}
         self.config, self.path = ModelConfig.parse(fields), Path(vllm_config.model_config.model)
+        if not self.config.normalize_qk_projections:
+            what = "queries and keys of this model are not normalised, which only a Llama has in vLLM"
+            raise ConfigError(what, fix="give vLLM the Llama that it was converted from, or use openelm serve")
         self.copies = kv_copies(self.config.plan, get_tensor_model_parallel_world_size())
         self.transformer = OpenELMModel(
             vllm_config=vllm_config, config=self.config, copies=self.copies, prefix=_joined(prefix, "transformer")

@@ -118,7 +118,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"ffn_with_glu": False},
     {"activation_fn_name": "gelu"},
     {"normalization_layer_name": "layer_norm"},
-    {"normalize_qk_projections": False},
+    {"normalize_qk_projections": "perhaps"},
     {"share_input_output_layers": "perhaps"},
     {"rms_norm_eps": float("nan")},
     {"rms_norm_eps": 0},

@@ -12,7 +12,7 @@ namespace {
 // As kernels/decode.py lays them out: whole numbers and addresses of 8 bytes.
 struct Block {
     long query_heads, kv_heads, ffn_dim;
-    const float *attn_norm, *q_norm, *k_norm, *ffn_norm;
+    const float *attn_norm, *q_norm, *k_norm, *ffn_norm;  // q_norm and k_norm may be null: no such norms
     Weight qkv, out, gate_up, down;
     void *keys, *values;  // (slots, kv_heads, positions, head_dim)
     long heads() const { return query_heads + 2 * kv_heads; }
@@ -73,7 +73,7 @@ static void gate(float* to, const float* up, long count) {
 }
 
 
-// Queries are normalised where they are, keys too on their way to the cache.
+// Queries are normalised and turned where they are, keys too on their way to the cache.
 template <class T>
 static void place_heads(
     const Model& model, const Block& block, const Tokens& tokens, const State& state, float eps, Ahead& ahead

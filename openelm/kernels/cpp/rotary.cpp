@@ -35,28 +35,35 @@ inline void each_head(Sizes sizes, long token, Heads<T> q, Heads<T> k, Heads<T> 
     }
 }
 
-// The gradient turned back is the one of the normalised head; the rest is as for rms_norm.
+// call(i, n, numbers): the gradient before the turn, n numbers from i on.
+template <class T, class Call>
+void each_turned_back(Turn turn, const T* gradient, Call call) {
+    long half = turn.half;
+    by_vectors(half, [=](long i, long n) {
+        vec first = load_some(gradient + i, n), second = load_some(gradient + half + i, n);
+        vec cos = load_some(turn.cos + i, n), sin = load_some(turn.sin + i, n);
+        call(i, n, first * cos + second * sin);
+        call(half + i, n, second * cos - first * sin);
+    });
+}
+
+// The gradient turned back is the one of the normalised head; the rest is as for rms_norm. Without a weight it is the
+// result, and x is not read.
 template <class T, class W>
 void turn_back(
     const T* x, const W* weight, Turn turn, float eps, const T* gradient, T* x_gradient, float* weight_sum
 ) {
-    long half = turn.half;
-    vec inverse = splat(inverse_rms(x, 2 * half, eps)), total = {};
-    auto each = [=](auto call) {
-        by_vectors(half, [=](long i, long n) {
-            vec first = load_some(gradient + i, n), second = load_some(gradient + half + i, n);
-            vec cos = load_some(turn.cos + i, n), sin = load_some(turn.sin + i, n);
-            call(i, n, load_some(x + i, n) * inverse, first * cos + second * sin);
-            call(half + i, n, load_some(x + half + i, n) * inverse, second * cos - first * sin);
-        });
-    };
-    each([&](long i, long n, vec normed, vec back) {
-        vec product = normed * back;
+    if (!weight)
+        return each_turned_back(turn, gradient, [=](long i, long n, vec back) { store_some(x_gradient + i, back, n); });
+    vec inverse = splat(inverse_rms(x, 2 * turn.half, eps)), total = {};
+    each_turned_back(turn, gradient, [&](long i, long n, vec back) {
+        vec product = load_some(x + i, n) * inverse * back;
         store_some(weight_sum + i, load_some(weight_sum + i, n) + product, n);
         total += product * load_some(weight + i, n);
     });
-    vec mean = splat(sum(total) / (2 * half));
-    each([&](long i, long n, vec normed, vec back) {
+    vec mean = splat(sum(total) / (2 * turn.half));
+    each_turned_back(turn, gradient, [&](long i, long n, vec back) {
+        vec normed = load_some(x + i, n) * inverse;
         store_some(x_gradient + i, inverse * (back * load_some(weight + i, n) - normed * mean), n);
     });
 }
@@ -78,7 +85,7 @@ static void qk_norm_rope(
     }
 }
 
-// weight_gradients: of q_weight, then of k_weight.
+// weight_gradients: of q_weight, then of k_weight. Without weights they are zeros, and qkv is not read.
 template <class T, class W>
 static void qk_norm_rope_backward(
     Sizes sizes, float eps, const T* qkv, const W* q_weight, const W* k_weight, Turn turns, Heads<T> q, Heads<T> k,
