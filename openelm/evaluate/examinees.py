@@ -94,7 +94,7 @@ def _sha256(folder: Path) -> str:
 
 
 class OurTokenizer:
-    """A tokenizer of ours; texts start with BOS where it has one, as the paper's harness had it."""
+    """A tokenizer of ours; texts start with BOS where it puts one, as the paper's harness had it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -109,8 +109,7 @@ class OurTokenizer:
 
     def encode(self, text: str, *, starts: bool) -> list[int]:
         """Encode a text."""
-        bos = self._tokenizer.bos_id
-        return [*([bos] if starts and bos is not None else []), *self._tokenizer.encode(text)]
+        return [*(self._tokenizer.start_ids if starts else []), *self._tokenizer.encode(text)]
 
 
 class TransformersTokenizer:

@@ -81,7 +81,7 @@ class Continuation:
         ids = prompt_ids(self._tokenizer, before)
         longest = self._context_tokens - _room_tokens(self._context_tokens, self._config)
         if len(ids) > longest:
-            start = ids[:1] if self._tokenizer.bos_id is not None else []
+            start = self._tokenizer.start_ids
             ids = [*start, *ids[len(ids) - longest + len(start) :]]
         pieces: list[str] = []
         try:

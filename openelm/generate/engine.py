@@ -312,5 +312,5 @@ def generate_text(model: OpenELM, tokenizer: Tokenizer, prompt: str, config: Sam
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text to be continued: BOS, where the tokenizer has one, then the text's ids."""
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
+    """Encode a text to be continued: BOS, where the tokenizer puts one, then the text's ids."""
+    return [*tokenizer.start_ids, *tokenizer.encode(text)]

@@ -103,7 +103,7 @@ def calibration_rows(texts: Iterable[str], tokenizer: Tokenizer, context_tokens:
     length = min(context_tokens, _CALIBRATION_LENGTH)
     ids: list[int] = []
     for text in texts:
-        ids += [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
+        ids += [*tokenizer.start_ids, *tokenizer.encode(text)]
         if len(ids) >= _SPREAD * CALIBRATION_TOKENS:
             break
     if len(ids) < length:

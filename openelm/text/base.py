@@ -19,6 +19,8 @@ from openelm.text.chat import CHAT_TEMPLATE
 
 SPACE_MARK = "▁"  # U+2581 stands for a space inside the pieces of SentencePiece and its descendants
 _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}  # the byte values that valid UTF-8 can hold
+_RARE_BYTES = frozenset(range(0x20)) - set(b"\t\n\r") | {0xF1, 0xF2, 0xF3, 0xF4}
+"""Control characters, and what begins characters from U+40000 on: some published tokenizers never saw all of them."""
 _PROBE = (
     "a",
     " a  b   c \n\n\t\r\n x\0y ",
@@ -54,12 +56,16 @@ def check_unicode(text: str, index: int = 0) -> None:
 class Tokenizer(ABC):
     """Turn text into ids in `0..vocab_size-1` and back, without loss.
 
+    A published tokenizer may lack ids for bytes that hardly any text holds (SmolLM2's has none for U+0004 and seven
+    others): these are left out of a text, as its own library leaves them out.
+
     A tokenizer that puts a space before the text (LLaMA's does; `leading_space`) has that space in its ids,
     so its `byte_lengths` count one byte more than each non-empty text has; for all others the sum is exact.
 
     Args:
         data: the tokenizer file's bytes; `sha256` is their hash and `save` writes them back unchanged.
         table: the UTF-8 bytes that each id stands for; b"" for control ids.
+        puts_bos: a text to be read or continued begins with BOS, where there is one.
         leading_space: a space is put before each non-empty text, and one is taken off again by `decode`.
         marks_spaces: pieces hold "▁" for a space, so a literal "▁" must be spelled in bytes.
         file: where it came from, for messages.
@@ -77,23 +83,30 @@ class Tokenizer(ABC):
         *,
         bos_id: int | None,
         eos_id: int | None,
+        puts_bos: bool = True,
         leading_space: bool = False,
         marks_spaces: bool = False,
         file: Path | None = None,
     ) -> None:
         self.vocab_size = len(table)
         self.bos_id, self.eos_id = bos_id, eos_id
+        self.puts_bos = puts_bos and bos_id is not None
         self.sha256 = sha256_bytes(data)
         self.file_bytes, self._table = data, tuple(table)
         self._leading_space = leading_space
         one_byte = {piece[0]: token_id for token_id, piece in enumerate(table) if len(piece) == 1}
         fix = "use a byte-level or byte-fallback tokenizer without Unicode normalisation"
-        if not one_byte.keys() >= _UTF8_BYTES:
-            raise refuse(f"{len(_UTF8_BYTES - one_byte.keys())} byte values have no id", fix=fix, file=file)
+        if missing := _UTF8_BYTES - _RARE_BYTES - one_byte.keys():
+            raise refuse(f"{len(missing)} byte values have no id", fix=fix, file=file)
         self._mark_ids = [one_byte[byte] for byte in SPACE_MARK.encode()] if marks_spaces else None
         for text in _PROBE:
             if self.decode(self.encode(text)) != text:
                 raise refuse(f"the tokenizer loses text: {text!r} does not come back", fix=fix, file=file)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Return what a text to be read or continued begins with: BOS, or nothing."""
+        return [self.bos_id] if self.puts_bos and self.bos_id is not None else []
 
     @property
     def leading_space(self) -> bool:
@@ -200,7 +213,7 @@ class Tokenizer(ABC):
         return {
             "bos_token": None if self.bos_id is None else self._token_text(self.bos_id),
             "eos_token": None if self.eos_id is None else self._token_text(self.eos_id),
-            "add_bos_token": self.bos_id is not None,
+            "add_bos_token": self.puts_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,  # it would take spaces out of the text
         }

@@ -39,7 +39,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         data: the bytes of `tokenizer.json`.
-        names: "bos_token" and "eos_token" as in `tokenizer_config.json`; usual names are tried where absent.
+        names: "bos_token" and "eos_token" as in `tokenizer_config.json`; usual names are tried where absent. With
+            "add_bos_token" false there, texts do not begin with BOS.
         file: where `data` came from, for messages.
 
     Raises:
@@ -66,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
             table,
             bos_id=None if bos is None else ids[bos],
             eos_id=None if eos is None else ids[eos],
+            puts_bos=(names or {}).get("add_bos_token") is not False,
             leading_space=leading_space,
             marks_spaces=not _is_byte_level(spec),
             file=file,

@@ -29,7 +29,7 @@ _FIX = "give a SentencePiece .model, a tokenizer.json, or a folder that holds on
 def load_tokenizer(path: Path) -> Tokenizer:
     """Open a tokenizer file, or the one in a folder (`tokenizer.model` first, then `tokenizer.json`).
 
-    BOS and EOS of a `tokenizer.json` are read from the `tokenizer_config.json` beside it.
+    BOS and EOS of a `tokenizer.json`, and whether texts begin with BOS, stand in the `tokenizer_config.json` beside it.
 
     Raises:
         DataError: (E_TOKENIZER) it is missing, damaged, too large, no tokenizer, or one that loses text.
