@@ -16,6 +16,7 @@ from openelm.convert.corenet import open_corenet, write_corenet
 from openelm.convert.extras import needed
 from openelm.convert.gguf import open_gguf, write_gguf
 from openelm.convert.hf import open_hf
+from openelm.convert.llama import is_llama, open_llama
 from openelm.convert.mlx import APPLE_WEIGHTS, open_apple_mlx
 from openelm.convert.onnx import write_onnx
 from openelm.convert.quantized import BITS, GROUP
@@ -32,18 +33,18 @@ from openelm.text.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_FIX = "give a Hugging Face or MLX folder, a CoreNet .pt or a .gguf file"
+_FIX = "give a folder of Hugging Face, MLX or a Llama, a CoreNet .pt or a .gguf file"
 
 
 @contextlib.contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a model by what it is: a folder of Hugging Face, of mlx-lm or of Apple's MLX example, `.pt`, `.gguf`.
+    """Open a model by what it is: a folder of Hugging Face, mlx-lm, Apple's MLX example or a Llama, `.pt`, `.gguf`.
 
     Raises:
         CheckpointError: it is none of these, is damaged, or holds a tensor that no OpenELM has, or lacks one.
     """
     if path.is_dir():
-        yield open_apple_mlx(path) if (path / APPLE_WEIGHTS).exists() else open_hf(path)
+        yield _open_folder(path)
     elif path.suffix == ".gguf":
         yield open_gguf(path)
     elif path.suffix in _PICKLED:
@@ -51,6 +52,12 @@ def open_source(path: Path) -> Iterator[Source]:
             yield source
     else:
         raise CheckpointError("no such model", file=path, fix=_FIX)
+
+
+def _open_folder(path: Path) -> Source:
+    if (path / APPLE_WEIGHTS).exists():
+        return open_apple_mlx(path)
+    return open_llama(path) if is_llama(path) else open_hf(path)
 
 
 def with_tokenizer(source: Source, tokenizer: Tokenizer) -> Source:
@@ -225,6 +232,9 @@ def _write_onnx(source: Source, out: Path, options: Options, written: Callable[[
 
 
 def _write_corenet(source: Source, out: Path, options: Options, written: Callable[[int], None]) -> None:
+    if not source.config.normalize_qk_projections:
+        what = "CoreNet's checkpoints say the head size by norms of queries and keys, which this model lacks"
+        raise ConfigError(what, fix="convert to hf, mlx or onnx")
     with publish_folder(out, replace=options.replace) as folder:
         write_corenet(folder / "checkpoint.pt", source.weights, written)
         if source.tokenizer is not None:

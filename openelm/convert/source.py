@@ -28,7 +28,7 @@ class Source:
 
     Attributes:
         path: the file or folder that was given.
-        layout: "hf", "mlx", "corenet" or "gguf".
+        layout: "hf", "mlx", "corenet", "gguf" or "llama".
         weights: under the published names of the Hugging Face release.
         packing: how its matrices are quantised, {"group_size": 64, "bits": 4}; `weights` are plain all the same.
         stored_bytes: of the weights as they are on disk, where that is not what `weights` take.
