@@ -283,7 +283,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self._logits(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -296,3 +296,13 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         )
         wants_object = self.config.return_dict if return_dict is None else return_dict
         return result if wants_object else result.to_tuple()
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """Multiply states by the output matrix: the embedding with its adapter of peft, where the two are tied."""
+        embedding = self.transformer.token_embeddings
+        is_adapted = hasattr(embedding, "lora_embedding_A") and not hasattr(self.lm_head, "base_layer")
+        if not (is_adapted and self.config.share_input_output_layers):
+            logits: Tensor = self.lm_head(hidden_states)
+            return logits
+        everything = torch.arange(self.vocab_size, device=hidden_states.device)
+        return F.linear(hidden_states, embedding(everything))

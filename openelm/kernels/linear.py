@@ -74,7 +74,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, multiplies: bool) -> Tensor:
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight)
+        learns = getattr(ctx, "needs_input_grad", (False, False))[1]  # a frozen weight needs no x
+        ctx.save_for_backward(x if learns else None, weight)
+        ctx.dtype = dtype
         if not multiplies:
             return x.new_empty(x.shape[0], weight.shape[0])
         narrow_weight = weight.to(dtype)
@@ -90,6 +92,6 @@ class _Linear(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        x_gradient = product(gradient, weight.to(x.dtype)) if needs_x else None
+        x_gradient = product(gradient, weight.to(ctx.dtype)) if needs_x else None
         weight_gradient = product(gradient.t(), x) if needs_weight else None
         return x_gradient, weight_gradient, None, None

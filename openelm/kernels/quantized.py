@@ -7,11 +7,12 @@ numbers of a row a scale and a bias. It is also what `openelm quantize` writes.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from openelm.kernels.linear import linear
+from openelm.kernels.linear import linear, product
 from openelm.kernels.native import call, runs_native
 from openelm.kernels.precision import matmul_dtype, wide_dtype
 
@@ -62,18 +63,44 @@ _kept = threading.local()  # memory for one matrix: fresh pages for each would c
 def quantized_linear(x: Tensor, words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
     """Multiply rows by a quantised weight: x (..., in), words (out, in · bits / 32) -> (..., out).
 
-    Follows torch.autocast, as `linear` does. Nothing of it learns.
+    Follows torch.autocast, as `linear` does. Nothing of it learns, but what x comes from may.
     """
+    parts = (words, scales, biases, bits, group)
     if torch.compiler.is_compiling():
-        return _compiled_linear(x, dequantised(words, scales, biases, bits, group))
+        return _compiled_linear(x, dequantised(*parts))
+    if x.requires_grad and torch.is_grad_enabled():
+        out: Tensor = _QuantizedLinear.apply(x, *parts)  # type: ignore[no-untyped-call]
+        return out
+    return linear(x, momentary(*parts))
+
+
+def momentary(words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
+    """Return the numbers that words stand for, (rows, columns), until this thread asks for those of others."""
     if scales.device.type != "cpu":  # memory costs nothing there, and a CUDA graph must not meet what others replace
-        return linear(x, dequantised(words, scales, biases, bits, group))
+        return dequantised(words, scales, biases, bits, group)
     columns = words.shape[1] * WORD_BITS // bits
     count, kept = words.shape[0] * columns, getattr(_kept, "numbers", None)
     if kept is None or kept.numel() < count or kept.dtype != scales.dtype:
         kept = _kept.numbers = scales.new_empty(count)
     out = kept[:count].view(words.shape[0], columns)
-    return linear(x, dequantised(words, scales, biases, bits, group, out=out))
+    return dequantised(words, scales, biases, bits, group, out=out)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """Keeps the words; the backward pass dequantises them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, words: Tensor, scales: Tensor, biases: Tensor, bits: int, group: int) -> Tensor:
+        ctx.save_for_backward(words, scales, biases)
+        ctx.kind = bits, group
+        return linear(x, momentary(words, scales, biases, bits, group))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight = momentary(*ctx.saved_tensors, *ctx.kind).to(gradient.dtype)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return product(rows, weight).view(*gradient.shape[:-1], -1), None, None, None, None, None
 
 
 def _compiled_linear(x: Tensor, weight: Tensor) -> Tensor:

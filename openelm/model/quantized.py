@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openelm.config import Config
 from openelm.errors import CheckpointError, ConfigError
-from openelm.kernels.quantized import WORD_BITS, dequantised, groups_of, pack, quantized_linear
+from openelm.kernels.quantized import WORD_BITS, dequantised, groups_of, momentary, pack, quantized_linear
 from openelm.model.weights import LazyTensor, Weights
 
 if TYPE_CHECKING:
@@ -123,6 +123,16 @@ class QuantizedMatrix(nn.Module):
         """Multiply rows by the matrix: x (..., columns) -> (..., rows)."""
         kind = self.quantization
         return quantized_linear(x, self.weight, self.scales, self.biases, kind.bits, kind.group_size)
+
+    def momentary(self) -> Tensor:
+        """Return the matrix (rows, columns), until this thread asks for another one so."""
+        kind = self.quantization
+        return momentary(self.weight, self.scales, self.biases, kind.bits, kind.group_size)
+
+    def whole_matrix(self) -> Tensor:
+        """Return the matrix (rows, columns) that the words stand for."""
+        kind = self.quantization
+        return dequantised(self.weight, self.scales, self.biases, kind.bits, kind.group_size)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Look rows up: (...,) -> (..., columns)."""

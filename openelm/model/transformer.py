@@ -54,6 +54,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
+    def keep_operands(self, x: Tensor) -> Tensor:
+        """Keep what `forward` keeps for the backward pass, without the product."""
+        return keep_operands(x, self.weight)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis (arXiv 1910.07467) with a learned scale."""
@@ -128,21 +132,26 @@ def _at_once(function: Callable[..., Tensor], projection: nn.Module, *arguments:
 
 def _again(function: Callable[..., Tensor], projection: nn.Module, *arguments: Any) -> Tensor:
     """Keep the arguments only; the backward pass calls the function once more, but does not project again."""
-    first = True
+    first, keep = True, getattr(projection, "keep_operands", None)  # other libraries' projections have none
 
     def stage(*arguments: Any) -> Tensor:
         nonlocal first
-        if first or type(projection) is not Linear:  # an adapter may need what it projects
+        if first or keep is None:
             first = False
             return _at_once(function, projection, *arguments)
-        return keep_operands(function(*arguments), projection.weight)
+        kept: Tensor = keep(function(*arguments))
+        return kept
 
-    return _checkpoint(stage, *arguments)
+    return _checkpoint(stage, *arguments, draws=getattr(projection, "draws", False))
 
 
-def _checkpoint(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Keep the arguments only; the backward pass calls once more, up to the last tensor that it needs."""
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _checkpoint(function: Callable[..., Tensor], *arguments: Any, draws: bool) -> Tensor:
+    """Keep the arguments only; the backward pass calls once more, up to the last tensor that it needs.
+
+    Args:
+        draws: whether the function draws at random; then it draws the same again.
+    """
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
     return result
 
 
@@ -226,23 +235,27 @@ class OpenELM(nn.Module):
         self.recompute: Recompute | tuple[Recompute, ...] = "none"
         """For all layers alike, or for each of them."""
         self.compiles = False
-        """Whether layers run through torch.compile where gradients are taken, that is in training."""
+        """Whether layers run through torch.compile where gradients are taken; those with adapters never do."""
         self.quantization: Quantization | None = None
         """How matrices are held; `quantized.hold_quantized` sets it."""
+        self.adapted = False
+        """Whether some matrices have adapters, and nothing else learns; `adapters.add_adapter` sets it."""
 
     @property
     def head_weight(self) -> Tensor:
         """The output matrix (V, D) that training learns: the embedding itself, unless the config says otherwise.
 
+        Of a quantised or adapted one it is made at each call.
+
         Raises:
-            ConfigError: the matrices are quantised; `logits` multiplies by those too.
+            ConfigError: the matrices are quantised and have no adapters; `logits` multiplies by those too.
         """
-        if self.quantization is not None:
+        if self.quantization is not None and not self.adapted:
             what = f"quantised weights cannot be trained; these have {self.quantization.bits} bits"
-            raise ConfigError(
-                what, fix="train the model that they were made from, or what openelm convert --to hf gives"
-            )
-        weight: Tensor = self.head.weight
+            fix = "train an adapter, the model that they were made from, or what openelm convert --to hf gives"
+            raise ConfigError(what, fix=fix)
+        matrix: Callable[[], Tensor] | None = getattr(self.head, "whole_matrix", None)
+        weight: Tensor = self.head.weight if matrix is None else matrix()
         return weight
 
     @property
@@ -292,7 +305,7 @@ class OpenELM(nn.Module):
         x = self.transformer.token_embeddings(tokens)
         rope = self.rotary.at(start, length, tokens.device)
         if documents is not None:
-            documents = visible_documents(documents, matmul_dtype(self.head_weight), tokens.device)
+            documents = visible_documents(documents, matmul_dtype(x), tokens.device)
         if cache is None and torch.is_grad_enabled():
             x = self._learning(x, rope, documents)
         else:
@@ -335,22 +348,25 @@ class OpenELM(nn.Module):
         """Compute the layers as gradients want it."""
         layers = self.transformer.layers
         kinds = (self.recompute,) * len(layers) if isinstance(self.recompute, str) else self.recompute
-        with widths_may_vary() if self.compiles else nullcontext():
+        compiles = self.compiles and not self.adapted
+        with widths_may_vary() if compiles else nullcontext():
             for layer, kind in zip(layers, kinds, strict=True):
-                if self.compiles:
+                if compiles:
                     compute = compiled(_block_of_products if kind == "selective" else block)
                 elif kind == "selective":
                     compute = _block_in_stages
                 else:
                     compute = _block_keeping_attention if kind == "none" and x.device.type == "cpu" else block
                 inputs = (x, rope, None, documents, compute)
-                x = _checkpoint(layer, *inputs) if kind == "full" else layer(*inputs)
+                x = _checkpoint(layer, *inputs, draws=self.adapted) if kind == "full" else layer(*inputs)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply states (..., D) by the output matrix; returns (..., V)."""
         head = self.head
-        product: Callable[[Tensor], Tensor] | None = getattr(head, "product", None)  # of quantised and packed matrices
+        product: Callable[[Tensor], Tensor] | None = getattr(
+            head, "product", None
+        )  # of quantised, packed, adapted ones
         return linear(hidden, head.weight) if product is None else product(hidden)
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Adapters: few weights that learn beside frozen ones (LoRA, DoRA), through the library peft."""
