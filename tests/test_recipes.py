@@ -41,7 +41,10 @@ MIXTURE = {
 
 def recipe(name: str) -> RunConfig:
     path = FOLDER / f"{name}.toml"
-    return RunConfig.parse(read_toml(path), file=path)
+    values = read_toml(path)
+    if "tune" in values:
+        values["train"].setdefault("steps", 1)  # tune.epochs and the examples decide
+    return RunConfig.parse(values, file=path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -127,3 +130,41 @@ def test_a_recipe_says_beside_each_source_under_which_licence_it_is(name: str) -
     starts = [number for number, line in enumerate(lines) if line == "[[data.sources]]"]
     assert len(starts) == len(MIXTURE)
     assert all(lines[start - 1].startswith("# ") for start in starts)
+
+
+INSTRUCTED = {
+    # epochs, peak, loss; the rest is the same for all (CoreNet's openelm-instruct.yaml and README-instruct.md)
+    "instruct-270m": (5, 2e-5, "hinge"),
+    "instruct-450m": (8, 3e-5, "hinge"),
+    "instruct-1_1b": (5, 5e-5, "sigmoid"),
+    "instruct-3b": (10, 1e-4, "hinge"),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTED)
+def test_instruction_tuning_is_the_published_one(name: str) -> None:
+    config = recipe(name)
+    assert config.tune is not None and config.tune.preference is not None
+    assert (config.tune.epochs, config.schedule.peak, config.tune.preference.loss) == INSTRUCTED[name]
+    assert config.tune.preference.beta == 0.01 and config.tune.prompt_tokens == 512
+    assert config.train.length // 2 + 1 == 1024  # an answer with its prompt
+    assert (config.train.rows, config.train.seed) == (128, 42)
+    assert (config.schedule.shape, config.schedule.warmup_fraction, config.schedule.final_fraction) == (
+        "cosine",
+        0.1,
+        0,
+    )
+    optimizer = config.optimizer
+    assert (optimizer.kind, optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == ("adamw", 0.9, 0.999, 0)
+
+
+def test_the_commonsense_adapter_is_the_published_one() -> None:
+    config = recipe("lora-commonsense")
+    adapter, schedule = config.adapter, config.schedule
+    assert adapter is not None and config.tune is not None and config.tune.learn == "answers"
+    assert (adapter.kind, adapter.rank, adapter.alpha, adapter.dropout) == ("lora", 32, 32, 0.1)
+    assert set(adapter.targets) == {"token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2"}
+    assert (schedule.peak, schedule.peak * schedule.final_fraction) == (3e-4, pytest.approx(3e-5))
+    assert schedule.warmup_fraction == pytest.approx(1000 / 4375, abs=1e-4)
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.95, 0)
+    assert config.train.rows == 128 and len(config.data.sources) == 8

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from openelm import __version__
 from openelm.cli.convert_options import (
@@ -30,6 +29,8 @@ from openelm.cli.evaluate_options import (
 from openelm.cli.sampling_options import add_generation_options, add_sampling_options
 from openelm.cli.serve_options import SERVE_EXAMPLE, add_serve_options
 from openelm.cli.table import TABLE_EXAMPLE, add_table_options
+from openelm.cli.train_options import add_training
+from openelm.cli.verbs import Verbs, add_overrides, verb
 from openelm.convert.targets import TARGETS
 from openelm.errors import OpenELMError
 from openelm.release.numerics import adopt
@@ -40,6 +41,7 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 _HANDLERS = {
     "demo": ("demo", "demo"),
     "train": ("train", "train_recipe"),
+    "tune": ("tune", "tune"),
     "average": ("train", "average"),
     "report": ("train", "report"),
     "verify": ("verify", "verify"),
@@ -112,7 +114,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `path=value` words may stand anywhere, which argparse alone does not allow."""
     words, overrides = list(arguments), []
-    if words and words[0] in ("demo", "train", "plan"):
+    if words and words[0] in ("demo", "train", "tune", "plan"):
         overrides = [word for word in words if _OVERRIDE.match(word)]
         words = [word for word in words if not _OVERRIDE.match(word)]
     parsed = build_parser().parse_args(words)
@@ -131,8 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"openelm {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_demo(verbs)
-    _add_training(verbs)
-    _add_verify(verbs)
+    add_training(verbs)
     _add_models(verbs)
     _add_convert(verbs)
     _add_plan(verbs)
@@ -142,22 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # argparse has no public name for it
-
-
-def _verb(verbs: Verbs, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _add_demo(verbs: Verbs) -> None:
-    demo = _verb(
+    demo = verb(
         verbs,
         "demo",
         "raw text to a trained, evaluated, talking model, with a report",
@@ -184,79 +171,18 @@ def _add_demo(verbs: Verbs) -> None:
         action="store_true",
         help="also train a model of equal size with all layers alike, and put it in the table (twice the time)",
     )
-    _add_overrides(demo)
-
-
-def _add_training(verbs: Verbs) -> None:
-    train = _verb(
-        verbs,
-        "train",
-        "train a recipe, or go on with a run that was stopped",
-        "openelm train recipes/mine.toml --out runs/mine train.steps=2000 schedule.peak=0.003",
-    )
-    train.add_argument("recipe", help="a .toml file, a shipped recipe's name, or the run.json of a run to repeat")
-    train.add_argument("--out", required=True, help="run folder; the same command resumes")
-    train.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a setting that may differ from the run's earlier start, such as train.steps or environment.torch",
-    )
-    _add_overrides(train)
-    average = _verb(
-        verbs, "average", "average a run's last checkpoints into a model folder", "openelm average runs/mine --last 5"
-    )
-    average.add_argument("run", help="run folder")
-    average.add_argument("--last", type=int, default=5, help="checkpoints to average (default: %(default)s)")
-    average.add_argument("--out", help="model folder (default: RUN/model)")
-    report = _verb(verbs, "report", "write a run's report page", "openelm report runs/mine")
-    report.add_argument("run", help="run folder, finished or not")
-    report.add_argument("--out", help="page to write (default: RUN/report.html)")
-
-
-def _add_verify(verbs: Verbs) -> None:
-    verify = _verb(
-        verbs,
-        "verify",
-        "check a run that somebody published: files, scores, batches, and training itself, to the bit",
-        "openelm verify runs/theirs --level 4 --data /their/text=/my/text\n\n"
-        "levels, each with the ones before it:\n"
-        "  0  files: chain of the ledger, hashes, settings, the published mean\n"
-        "  1  scores: held-out bits per byte measured again from the published weights\n"
-        "  2  batches: derived again from your own copy of the data\n"
-        "  3  segments: the mandatory stretches of training and random ones done again\n"
-        "  4  everything done again from the seed, the tokenizer too",
-    )
-    verify.add_argument("run", help="run folder; nothing is written to it and nothing in it is executed")
-    verify.add_argument("--level", type=int, choices=range(5), default=3, help="how far to go (default: %(default)s)")
-    verify.add_argument(
-        "--segments",
-        type=int,
-        default=2,
-        metavar="N",
-        help="random segments besides the mandatory ones (default: %(default)s)",
-    )
-    verify.add_argument("--seed", type=int, help="draws the random segments (default: a new one each time, printed)")
-    verify.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="where your copy of the data is: OLD is how its path begins in run.json or data.json; may be repeated",
-    )
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    add_overrides(demo)
 
 
 def _add_models(verbs: Verbs) -> None:
-    evaluate = _verb(verbs, "eval", "measure a model on text or questions it has not seen", EVALUATE_EXAMPLE)
+    evaluate = verb(verbs, "eval", "measure a model on text or questions it has not seen", EVALUATE_EXAMPLE)
     add_evaluate_options(evaluate)
     _add_device(evaluate)
-    compare = _verb(verbs, "compare", "ask two models the same: better, worse, cannot tell", COMPARE_EXAMPLE)
+    compare = verb(verbs, "compare", "ask two models the same: better, worse, cannot tell", COMPARE_EXAMPLE)
     add_compare_options(compare)
     _add_device(compare)
-    add_table_options(_verb(verbs, "table", "show published scores, and yours among them", TABLE_EXAMPLE))
-    inspect = _verb(
+    add_table_options(verb(verbs, "table", "show published scores, and yours among them", TABLE_EXAMPLE))
+    inspect = verb(
         verbs,
         "inspect",
         "show the layers and exact costs of a size or a model, and what the model lacks",
@@ -271,13 +197,13 @@ def _add_models(verbs: Verbs) -> None:
 
 def _add_convert(verbs: Verbs) -> None:
     add_convert_options(
-        _verb(verbs, "convert", "bring a model from any layout to any other, tensor by tensor", CONVERT_EXAMPLE)
+        verb(verbs, "convert", "bring a model from any layout to any other, tensor by tensor", CONVERT_EXAMPLE)
     )
     add_quantize_options(
-        _verb(verbs, "quantize", "make a copy of a model folder with 4 or 8 bits a number", QUANTIZE_EXAMPLE)
+        verb(verbs, "quantize", "make a copy of a model folder with 4 or 8 bits a number", QUANTIZE_EXAMPLE)
     )
     add_push_options(
-        _verb(
+        verb(
             verbs,
             "push",
             "publish a model folder on the Hugging Face hub",
@@ -287,7 +213,7 @@ def _add_convert(verbs: Verbs) -> None:
 
 
 def _add_plan(verbs: Verbs) -> None:
-    plan = _verb(
+    plan = verb(
         verbs,
         "plan",
         "say what a recipe needs on some devices: memory of each, tokens a second, days, cost",
@@ -308,11 +234,11 @@ def _add_plan(verbs: Verbs) -> None:
     plan.add_argument("--vocab-size", type=int, metavar="N", help="ids of a tokenizer that is not here")
     plan.add_argument("--check", action="store_true", help="predict the runs that were measured, and print the errors")
     plan.add_argument("--json", action="store_true", help="print one JSON object (with --check: a list)")
-    _add_overrides(plan)
+    add_overrides(plan)
 
 
 def _add_bench(verbs: Verbs) -> None:
-    bench = _verb(
+    bench = verb(
         verbs,
         "bench",
         "measure what this machine can do at most, and what part of it the framework reaches",
@@ -356,7 +282,7 @@ def _add_bench(verbs: Verbs) -> None:
 
 
 def _add_talking(verbs: Verbs) -> None:
-    generate = _verb(
+    generate = verb(
         verbs,
         "generate",
         "continue a text",
@@ -365,13 +291,13 @@ def _add_talking(verbs: Verbs) -> None:
     generate.add_argument("model", help="model folder")
     generate.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     add_generation_options(generate)
-    chat = _verb(verbs, "chat", "talk with a model", "openelm chat runs/demo/model")
+    chat = verb(verbs, "chat", "talk with a model", "openelm chat runs/demo/model")
     chat.add_argument("model", help="model folder")
     chat.add_argument("--system", default="", help="instructions before the conversation (chat-tuned models)")
     for parser in (generate, chat):
         add_sampling_options(parser)
         _add_device(parser)
-    serve = _verb(verbs, "serve", "serve a model to programs (OpenAI's API) and browsers (a chat page)", SERVE_EXAMPLE)
+    serve = verb(verbs, "serve", "serve a model to programs (OpenAI's API) and browsers (a chat page)", SERVE_EXAMPLE)
     add_serve_options(serve)
     _add_device(serve)
 
@@ -384,10 +310,4 @@ def _add_data(verbs: Verbs) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run (default: %(default)s)"
-    )
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="path=value", help="settings that replace the recipe's, such as train.steps=300"
     )

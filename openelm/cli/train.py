@@ -1,27 +1,29 @@
-"""`openelm train`, `average` and `report`: a recipe to a run, a run to a model folder and a page."""
+"""`openelm train`, `average` and `report`: a recipe to a run, a run to a model folder or adapter and a page."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
-from openelm.cli.screen import Screen
+from openelm.adapters.adapter import save_adapter
+from openelm.cli.screen import Screen, WorkBar
 from openelm.config import apply_overrides, read_toml
-from openelm.data.stream import BatchStream
+from openelm.data.examples import Examples
 from openelm.errors import CheckpointError, ConfigError, printable
 from openelm.files.atomic import make_folder
 from openelm.files.locks import folder_lock
 from openelm.kernels.native import kernels_name, native_missing
 from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
-from openelm.model.folder import save_model
+from openelm.model.folder import is_chat_tuned, save_model
 from openelm.model.transformer import OpenELM
 from openelm.release.card import model_card
 from openelm.release.probes import probes
@@ -29,11 +31,12 @@ from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.average import average_checkpoints
 from openelm.train.distributed import ALONE, Processes, open_processes
-from openelm.train.ledger import ledger_head
-from openelm.train.loop import Observer, train
-from openelm.train.objectives import NextToken
+from openelm.train.ledger import ledger_head, read_ledger
+from openelm.train.loop import Batches, Observer, train
 from openelm.train.progress import ProgressDisplay, TensorBoard
 from openelm.train.run import Run, RunConfig, open_run
+from openelm.train.start import model_of_checkpoint
+from openelm.train.work import Work
 
 
 def train_recipe(arguments: argparse.Namespace) -> int:
@@ -42,23 +45,28 @@ def train_recipe(arguments: argparse.Namespace) -> int:
     recipe = find_recipe(arguments.recipe)
     config = RunConfig.parse(apply_overrides(read_recipe(recipe), arguments.overrides), file=recipe)
     folder = Path(arguments.out)
+    if not train_config(config, folder, console, allow_change=arguments.allow_change):
+        return 0
+    page = write_report(folder)
+    console.print(f"\nreport   {printable(str(page))}")
+    console.print(f"next     openelm average {printable(str(folder))} --last {min(5, config.checkpoints.keep_last)}")
+    return 0
+
+
+def train_config(config: RunConfig, folder: Path, console: Console, *, allow_change: Sequence[str]) -> bool:
+    """Train in a run folder, in as many processes as were started; tells whether this is the first of them."""
     with ExitStack() as opened:
         processes = opened.enter_context(open_processes(config.train.device, config.train.timeout_seconds))
         if processes.leads:
             make_folder(folder)
             opened.enter_context(folder_lock(folder))
-            run = open_run(folder, config, allow_change=arguments.allow_change)
+            run = open_run(folder, config, allow_change=allow_change)
             print_run(run, console)
         processes.wait_for_all()
         if not processes.leads:
-            run = open_run(folder, config, allow_change=arguments.allow_change, leads=False)
+            run = open_run(folder, config, allow_change=allow_change, leads=False)
         train_run(run, console, processes)
-        if not processes.leads:
-            return 0
-    page = write_report(folder)
-    console.print(f"\nreport   {printable(str(page))}")
-    console.print(f"next     openelm average {printable(str(folder))} --last {min(5, config.checkpoints.keep_last)}")
-    return 0
+        return processes.leads
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -117,20 +125,16 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
     reuse_freed_memory()
     settings = run.config.train
     with ExitStack() as opened:
+        with WorkBar(console, MofNCompleteColumn(), "{what}: {done:,} of {total:,}") as bar:
+            work = Work(run, processes, bar)
+            examples, objective, held_out = work.examples, work.objective, work.held_out
+        if examples is not None and processes.leads:
+            print_examples(examples, console)
 
-        def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
-            stream = BatchStream(
-                run.config.data,
-                run.manifest,
-                run.tokenizer,
-                run.tokenizer_folder,
-                seed=settings.seed,
-                rows=settings.rows,
-                length=settings.length,
-                part=(processes.rank, processes.count),
-                cursors=cursors,
-            )
-            return opened.enter_context(stream)
+        def open_batches(cursors: list[dict[str, Any]] | None) -> Batches:
+            stream = work.open_batches(cursors)
+            opened.callback(stream.close)
+            return stream
 
         observers: tuple[Observer, ...] = ()
         if processes.leads:
@@ -139,23 +143,52 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
         return train(
             run,
             open_batches=open_batches,
-            objective=NextToken(settings.z_loss),
-            probes=probes(run),
+            objective=objective,
+            probes=probes(run, held_out),
             observers=observers,
             processes=processes,
+            facts={} if examples is None else {"examples": examples.facts()},
         )
+
+
+def print_examples(examples: Examples, console: Console) -> None:
+    """Say what a tuned model learns from, and what was passed over."""
+    console.print(
+        f"{len(examples):,} examples of {len(examples.tokens):,} tokens, {examples.learned_tokens:,} to learn"
+    )
+    for source, reasons in examples.drops.items():
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        console.print(f"passed over in {printable(source)}: {counts}", style="yellow")
 
 
 def publish_average(run: Path, last: int, target: Path) -> list[int]:
     """Average a run's last checkpoints into a model folder; returns the steps averaged."""
     description = read_run_file(run)
     weights, steps = average_checkpoints(run, last)
-    model = OpenELM(ModelConfig.parse(description["model"], file=run / "run.json"))
-    model.load_state_dict(weights)
-    tokenizer = load_tokenizer(run / "tokenizer")
+    config = RunConfig.parse(description["config"], file=run / "run.json")
     origin = {"averaged_steps": steps, "ledger_head": ledger_head(run / "ledger.jsonl")}
-    save_model(target, model, tokenizer=tokenizer, card=model_card(run, steps), origin=origin, replace=True)
+    card = model_card(run, steps)
+    model = model_of_checkpoint(config, ModelConfig.parse(description["model"], file=run / "run.json"), weights)
+    if config.tune is not None and config.adapter is not None:
+        base = Path(config.tune.base)
+        save_adapter(target, model, config.adapter, base=base, card=card, origin=origin, replace=True)
+        return steps
+    save_model(
+        target,
+        model,
+        tokenizer=load_tokenizer(run / "tokenizer"),
+        chat_tuned=config.tune is not None and (is_chat_tuned(Path(config.tune.base)) or learned_chats(run)),
+        card=card,
+        origin=origin,
+        replace=True,
+    )
     return steps
+
+
+def learned_chats(run: Path) -> bool:
+    """Tell whether a run learned from chats, as its ledger says."""
+    starts = [event for event in read_ledger(run / "ledger.jsonl") if event["event"] in ("start", "resume")]
+    return bool(starts and starts[-1].get("examples", {}).get("chats"))
 
 
 def read_run_file(run: Path, name: str = "run.json") -> Mapping[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,17 @@ class ExampleStream:
             raise DataError("the place in the data is not the one after these batches", fix=fix, code="E_CHANGED")
         self._byte_lengths = padded_byte_lengths(examples.byte_lengths)
         self._order = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -5,6 +5,7 @@ Which shapes of rows there are says `openelm.data.shapes`; what of an example is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from openelm.data.document import BadRow, Drops, add_drops
 from openelm.data.encoding import Encoded, Encoder, Kind, Learn, OnLong
 from openelm.data.manifest import Manifest
 from openelm.data.rows import Place, read_rows
-from openelm.data.shapes import Answer, Pair, answer_of, pair_of
+from openelm.data.shapes import Answer, Chat, Pair, answer_of, pair_of
 from openelm.errors import ConfigError, DataError
 from openelm.text.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ class Examples:
         byte_lengths: int32 (vocabulary,), the bytes of text that each id stands for.
         drops: rows that gave no example: source -> reason -> rows.
         bad_rows: those of them that are bad.
+        chats: how many examples are in the chat format.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -48,6 +50,7 @@ class Examples:
     byte_lengths: npt.NDArray[np.int32]
     drops: Drops
     bad_rows: tuple[BadRow, ...]
+    chats: int = 0
 
     def __len__(self) -> int:
         return len(self.ends) // self.per_example
@@ -60,6 +63,32 @@ class Examples:
     def _sequence(self, at: int) -> Encoded:
         place = slice(int(self.ends[at - 1]) if at else 0, int(self.ends[at]))
         return Encoded(self.tokens[place], self.learned[place])
+
+    def first(self, count: int) -> Examples:
+        """Return the first examples, at most `count`."""
+        sequences = min(count, len(self)) * self.per_example
+        if sequences == len(self.ends):
+            return self
+        end = int(self.ends[sequences - 1])
+        return dataclasses.replace(
+            self, tokens=self.tokens[:end], learned=self.learned[:end], ends=self.ends[:sequences]
+        )
+
+    @property
+    def learned_tokens(self) -> int:
+        """How many tokens are targets."""
+        return int(self.learned.sum())
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a ledger records of them, as plain data."""
+        return {
+            "count": len(self),
+            "chats": self.chats,
+            "tokens": len(self.tokens),
+            "learned_tokens": self.learned_tokens,
+            "sha256": self.sha256,
+            "dropped": self.drops,
+        }
 
     @functools.cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -179,6 +208,7 @@ class _Loader:
     lengths: list[int] = field(default_factory=list)
     drops: Drops = field(default_factory=dict)
     bad_rows: list[BadRow] = field(default_factory=list)
+    chats: int = 0
 
     def take(self, place: Place) -> None:
         """Recognise a row and put it among those that wait to be encoded."""
@@ -198,11 +228,12 @@ class _Loader:
         """Encode what waits."""
         waiting, self.waiting = self.waiting, []
         sequences = list[Encoded]()
-        for (place, _), result in zip(waiting, self.encoder.encode([item for _, item in waiting]), strict=True):
+        for (place, item), result in zip(waiting, self.encoder.encode([item for _, item in waiting]), strict=True):
             if isinstance(result, DataError):
                 self._drop(place, result, stop=self.encoder.on_long == "error")
             else:
                 sequences += result
+                self.chats += isinstance(item.chosen if isinstance(item, Pair) else item, Chat)
         if sequences:
             self.tokens.append(np.concatenate([sequence.tokens for sequence in sequences]))
             self.learned.append(np.concatenate([sequence.learned for sequence in sequences]))
@@ -228,7 +259,7 @@ class _Loader:
         ends = np.cumsum(self.lengths, dtype=np.int64)
         tokens, learned = np.concatenate(self.tokens), np.concatenate(self.learned)
         byte_lengths = self.encoder.tokenizer.byte_lengths()
-        return Examples(tokens, learned, ends, per_example, byte_lengths, self.drops, tuple(self.bad_rows))
+        return Examples(tokens, learned, ends, per_example, byte_lengths, self.drops, tuple(self.bad_rows), self.chats)
 
 
 def _duplicate(what: str) -> DataError:

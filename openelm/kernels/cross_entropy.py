@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ def linear_cross_entropy(
         hidden, weight, targets, z_loss, dtype, learning
     )
     return loss_sum, nll_sum
+
+
+def linear_log_likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-likelihood in nats of each target (N,), differentiable: hidden (N, d), weight (V, d).
+
+    Follows torch.autocast. The logits are computed once more in the backward pass, chunk by chunk, so that none are
+    kept; where a sum is all that is asked for, `linear_cross_entropy` needs one product less.
+
+    Raises:
+        IndexError: a target is outside the vocabulary.
+    """
+    dtype = matmul_dtype(hidden, weight)
+    values: Tensor = _LogLikelihoods.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, _checked(targets, len(weight)), dtype
+    )
+    return values
 
 
 def _checked(targets: Tensor, vocabulary: int) -> Tensor:
@@ -91,17 +108,10 @@ def _loss_and_gradients(
         return cross_entropy_gpu.loss_and_gradients(hidden, weight, targets, z_loss, dtype, needs)
     wide = wide_dtype(dtype)
     h, w = hidden.to(dtype), weight.to(dtype)
-    narrow = dtype == torch.bfloat16 and not emulates_bf16(h, dtype)  # whether products come out in bf16
-    kind = "gpu" if hidden.device.type != "cpu" else "bf16" if narrow else "fp32"
-    chunk_rows = max(1, min(len(h), _CHUNK_BYTES[kind] // (len(w) * wide.itemsize)))
-    products = h.new_empty(chunk_rows, len(w), dtype=dtype if narrow else wide)
     nll, log_sums, scales = h.new_empty(3, len(h), dtype=wide)
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
-    for start in range(0, len(h), chunk_rows):
-        part = slice(start, min(start + chunk_rows, len(h)))
-        logits = products[: part.stop - start]
-        product(h[part], w.t(), out=logits)
+    for part, logits in _logit_chunks(h, w):
         softmax_loss(logits, targets[part], z_loss, nll[part], log_sums[part], scales[part], gradients=any(needs))
         scale = scales[part, None]
         if hidden_gradient is not None:
@@ -112,6 +122,54 @@ def _loss_and_gradients(
     if weight_gradient is not None:
         weight_gradient = weight_gradient.to(weight.dtype)
     return nll_sum + z_loss * log_sums.square().sum(), nll_sum, hidden_gradient, weight_gradient
+
+
+class _LogLikelihoods(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.dtype = dtype
+        losses, log_sums, scales = hidden.new_empty(3, len(hidden), dtype=wide_dtype(dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            h, w = hidden.to(dtype), weight.to(dtype)
+            for part, logits in _logit_chunks(h, w):
+                softmax_loss(logits, targets[part], 0.0, losses[part], log_sums[part], scales[part], gradients=False)
+        found: Tensor = losses.neg_()
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        wide = wide_dtype(ctx.dtype)
+        weight_gradient = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        losses, log_sums, scales = hidden.new_empty(3, len(hidden), dtype=wide)
+        with torch.autocast(hidden.device.type, enabled=False):
+            h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            for part, logits in _logit_chunks(h, w):
+                softmax_loss(logits, targets[part], 0.0, losses[part], log_sums[part], scales[part], gradients=True)
+                shares = -upstream[0][part, None]
+                if hidden_gradient is not None:
+                    hidden_gradient[part] = product(logits, w).mul_(shares)
+                if weight_gradient is not None:
+                    product(logits.t(), (h[part] * shares).to(logits.dtype), out=weight_gradient, add=True)
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None, None
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield stretches of rows and their logits, in memory that the next stretch takes over."""
+    dtype = hidden.dtype
+    wide = wide_dtype(dtype)
+    narrow = dtype == torch.bfloat16 and not emulates_bf16(hidden, dtype)  # whether products come out in bf16
+    kind = "gpu" if hidden.device.type != "cpu" else "bf16" if narrow else "fp32"
+    rows = max(1, min(len(hidden), _CHUNK_BYTES[kind] // (len(weight) * wide.itemsize)))
+    products = hidden.new_empty(rows, len(weight), dtype=dtype if narrow else wide)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, min(start + rows, len(hidden)))
+        logits = products[: part.stop - start]
+        product(hidden[part], weight.t(), out=logits)
+        yield part, logits
 
 
 def softmax_loss(

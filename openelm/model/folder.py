@@ -49,6 +49,7 @@ def save_model(
     model: OpenELM,
     *,
     tokenizer: Tokenizer | None = None,
+    chat_tuned: bool = False,
     card: str = "",
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
@@ -57,7 +58,9 @@ def save_model(
     weights = in_memory(model.state_dict())
     quantization = None if model.quantization is None else model.quantization.to_json()
     described: dict[str, Any] = {"card": card, "origin": origin, "quantization": quantization}
-    save_weights(folder, model.config, weights, tokenizer=tokenizer, **described, replace=replace)
+    save_weights(
+        folder, model.config, weights, tokenizer=tokenizer, chat_tuned=chat_tuned, **described, replace=replace
+    )
 
 
 def save_weights(

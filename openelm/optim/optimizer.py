@@ -64,8 +64,9 @@ class Optimizer:
         return not self._muon
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what the updates are added to, by name: the model's parameters, or the fp32 ones beside them."""
-        return {**self._model.state_dict(), **self._masters}
+        """Return what the updates are added to, by name: the parameters that learn, or the fp32 ones beside them."""
+        learning = {name: value for name, value in self._model.state_dict().items() if name in self._learning}
+        return {**learning, **self._masters}
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

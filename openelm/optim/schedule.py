@@ -22,6 +22,8 @@ class ScheduleConfig(Config):
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end, as a fraction of `peak`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In place of `warmup_steps`: a part of all steps, rounded up."""
     warmup_from: Annotated[float, Field(ge=0, le=1)] = 1e-6
     """Learning rate of the first warm-up step."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -29,9 +31,16 @@ class ScheduleConfig(Config):
 
     @model_validator(mode="after")
     def _warm_up_rises(self) -> Self:
-        if self.warmup_steps and self.warmup_from > self.peak:
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("give warmup_steps or warmup_fraction, not both")
+        if (self.warmup_steps or self.warmup_fraction) and self.warmup_from > self.peak:
             raise ValueError(f"warmup_from {self.warmup_from} is above peak {self.peak}")
         return self
+
+
+def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Return the length of the warm-up in a run of `steps`."""
+    return schedule.warmup_steps or math.ceil(steps * schedule.warmup_fraction)
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -40,7 +49,8 @@ def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
     The cosine is the published one (CoreNet's configs): warm-up from `warmup_from`, then half a cosine that
     would reach its end one step after the last.
     """
-    peak, final, warmup = schedule.peak, schedule.peak * schedule.final_fraction, schedule.warmup_steps
+    peak, final = schedule.peak, schedule.peak * schedule.final_fraction
+    warmup = warmup_steps(schedule, steps)
     if step < warmup:
         return schedule.warmup_from + step * (peak - schedule.warmup_from) / warmup
     if schedule.shape == "cosine":

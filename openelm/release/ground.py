@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from openelm.data.manifest import Manifest, SourceConfig, build_manifest
 from openelm.data.remote import is_url
-from openelm.data.stream import BatchStream
-from openelm.errors import DataError, VerificationError
+from openelm.errors import CheckpointError, DataError, VerificationError
 from openelm.model.device import choose_device
 from openelm.release.numerics import is_portable, maker
 from openelm.release.publication import Publication, Start
 from openelm.text.tokenizer import Tokenizer
 from openelm.train.data_lists import first_difference
 from openelm.train.environment import environment
-from openelm.train.run import Run, run_model
+from openelm.train.run import Run
+from openelm.train.tuning import base_sha256
+from openelm.train.work import Work
 
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-3, 1e-2
 """Relative, where the verifier's numerics differ: per step, and per tensor at the end of a segment (L2 norm)."""
@@ -59,20 +61,13 @@ class Ground:
             found.append(f"{start.processes} processes with fast numerics there, 1 here")
         return found
 
-    def stream(self, cursors: list[dict[str, Any]] | None) -> BatchStream:
-        """Open the run's batches, read in this process."""
-        settings = self.run.config.train
-        lists = tuple(_moved_path(path, self.replacements) for path in self.run.config.data.exclude_documents)
-        return BatchStream(
-            self.run.config.data.model_copy(update={"workers": 0, "exclude_documents": lists}),
-            self.run.manifest,
-            self.run.tokenizer,
-            self.run.tokenizer_folder,
-            seed=settings.seed,
-            rows=settings.rows,
-            length=settings.length,
-            cursors=cursors,
-        )
+    @functools.cached_property
+    def work(self) -> Work:
+        """What the run trained with, read in this process; nothing is written."""
+        config = self.run.config
+        lists = tuple(_moved_path(path, self.replacements) for path in config.data.exclude_documents)
+        data = config.data.model_copy(update={"workers": 0, "exclude_documents": lists})
+        return Work(dataclasses.replace(self.run, config=config.model_copy(update={"data": data})), keeps=False)
 
 
 def stand_on(publication: Publication, tokenizer: Tokenizer, replacements: Replacements) -> Ground:
@@ -85,7 +80,7 @@ def stand_on(publication: Publication, tokenizer: Tokenizer, replacements: Repla
     run = Run(
         folder=publication.folder,
         config=publication.config,
-        model_config=run_model(publication.config, tokenizer),
+        model_config=publication.model_config(tokenizer),
         manifest=publication.data,
         held_out=None,
         tokenizer=tokenizer,
@@ -101,16 +96,39 @@ def _kind(recorded: dict[str, str]) -> Literal["cpu", "mps", "cuda"]:
 
 
 def with_held_out(ground: Ground, publication: Publication) -> Ground:
-    """Find the held-out text on this disk.
+    """Find the held-out text and examples on this disk.
 
     Raises:
         DataError: it is missing, or not what the run measured on.
     """
-    if publication.held_out is None:
+    text = examples = None
+    if publication.held_out is not None:
+        text = _found(publication.held_out, _moved(publication.config.held_out, ground.replacements), "error")
+    if publication.held_out_examples is not None and publication.config.tune is not None:
+        sources = _moved(publication.config.tune.held_out, ground.replacements)
+        examples = _found(publication.held_out_examples, sources, "error")
+    run = dataclasses.replace(ground.run, held_out=text, held_out_examples=examples)
+    return dataclasses.replace(ground, run=run)
+
+
+def with_base(ground: Ground, publication: Publication) -> Ground:
+    """Find the model that a tuned run began with on this disk.
+
+    Raises:
+        DataError: it is missing, or another.
+    """
+    tune = publication.config.tune
+    if tune is None:
         return ground
-    sources = _moved(publication.config.held_out, ground.replacements)
-    manifest = _found(publication.held_out, sources, "error")
-    return dataclasses.replace(ground, run=dataclasses.replace(ground.run, held_out=manifest))
+    base = Path(_moved_path(tune.base, ground.replacements))
+    try:
+        found = base_sha256(base)
+    except CheckpointError as error:
+        raise DataError(error.what, fix=_DATA_FIX, file=base, code="E_PATH") from None
+    if found != publication.description.base_sha256:
+        raise DataError("this is not the model that the run began with", fix=_DATA_FIX, file=base, code="E_CHANGED")
+    config = ground.run.config.model_copy(update={"tune": tune.model_copy(update={"base": str(base)})})
+    return dataclasses.replace(ground, run=dataclasses.replace(ground.run, config=config, base_sha256=found))
 
 
 def with_data(ground: Ground, publication: Publication) -> Ground:
@@ -159,9 +177,7 @@ def _moved_path(path: str, replacements: Replacements) -> str:
     return path
 
 
-_DATA_FIX = (
-    "give your own copy of the data with --data OLD=NEW, where OLD is how its path begins in run.json or data.json"
-)
+_DATA_FIX = "give your own copy with --data OLD=NEW, where OLD is how its path begins in run.json or data.json"
 
 
 def _found(recorded: Manifest, sources: Sequence[SourceConfig], on_bad_row: Literal["error", "skip"]) -> Manifest:

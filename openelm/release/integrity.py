@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openelm.adapters.adapter import add_adapter
 from openelm.errors import VerificationError
 from openelm.files.published import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
@@ -26,7 +27,6 @@ from openelm.text.tokenizer import Tokenizer, load_tokenizer
 from openelm.train.average import mean_of_checkpoints
 from openelm.train.checkpoint import STATE, load_checkpoint
 from openelm.train.data_lists import LISTS
-from openelm.train.run import run_model
 
 _READ = frozenset(
     {"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock", *LISTS.values()}
@@ -108,7 +108,7 @@ def expect(name: str, recorded: object, found: object, file: Path) -> None:
 def _settings(publication: Publication, tokenizer: Tokenizer, findings: Findings) -> str:
     described, config = publication.description, publication.config
     path = publication.folder / "run.json"
-    model = run_model(config, tokenizer)
+    model = publication.model_config(tokenizer)
     derived: dict[str, Any] = {
         "seed": config.train.seed,
         "model": model.model_dump(mode="json"),
@@ -118,6 +118,8 @@ def _settings(publication: Publication, tokenizer: Tokenizer, findings: Findings
     }
     for name, value in derived.items():
         expect(name, _plain(getattr(described, name)), _plain(value), path)
+    if config.tune is not None:
+        findings.skip("the base model", "its config is taken as recorded here; its hash is compared from level 1 on")
     expect("whether there is held-out text", bool(config.held_out), publication.held_out is not None, path)
     facts = {
         "data_sha256": publication.data.sha256,
@@ -171,6 +173,8 @@ def expected_optimizer(publication: Publication) -> Optimizer:
     """Make the run's optimizer without memory: its tensors' names, shapes and dtypes are those of a checkpoint."""
     with torch.device("meta"):
         model = OpenELM(ModelConfig.parse(publication.description.model))
+        if publication.config.adapter is not None:
+            add_adapter(model, publication.config.adapter, seed=0)
     return Optimizer(publication.config.optimizer, model)
 
 

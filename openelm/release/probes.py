@@ -10,21 +10,33 @@ from openelm.data.manifest import Manifest
 from openelm.data.reading import read_documents
 from openelm.errors import DataError
 from openelm.evaluate.score import Score, bits_per_byte
-from openelm.generate.engine import generate_text
+from openelm.generate.engine import generate, generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
+from openelm.release.answering import examples_probe, measures_at_start, suite_probes
+from openelm.text.chat import Message, encode_chat, render
 from openelm.text.tokenizer import Tokenizer
 from openelm.train.loop import Probe
 from openelm.train.run import Run
 from openelm.train.update import Event
+from openelm.train.work import HeldOut
 
 _PROBED_DOCUMENTS = 64
 
 
-def probes(run: Run) -> list[Probe]:
-    """Make the measurements that a run takes while it trains: held-out bits per byte, and a sample a prompt."""
-    found = [Probe(run.config.evaluation.every, sampler(run, prompt)) for prompt in run.config.evaluation.prompts]
-    return [held_out_probe(run), *found] if run.held_out is not None else found
+def probes(run: Run, held_out: HeldOut | None = None) -> list[Probe]:
+    """Make the measurements that a run takes while it trains.
+
+    They are bits per byte of held-out text, the loss on held-out examples, suites, and a sample a prompt.
+    """
+    found = [held_out_probe(run)] if run.held_out is not None else []
+    if held_out is not None:
+        found.append(examples_probe(run, held_out))
+    found += suite_probes(run)
+    at_start = measures_at_start(run)
+    samplers = [sampler(run, prompt) for prompt in run.config.evaluation.prompts]
+    samplers += [answerer(run, question) for question in run.config.evaluation.questions]
+    return found + [Probe(run.config.evaluation.every, measure, at_start) for measure in samplers]
 
 
 def held_out_probe(run: Run) -> Probe:
@@ -40,7 +52,7 @@ def held_out_probe(run: Run) -> Probe:
         score = bits_per_byte(model, run.tokenizer, texts, names, window_tokens=run.config.train.length)
         return {"event": "evaluation", "bits_per_byte": score.value.hex(), "documents": score.documents}
 
-    return Probe(run.config.evaluation.every, measure)
+    return Probe(run.config.evaluation.every, measure, measures_at_start(run))
 
 
 def _beginnings(held_out: Manifest, max_bytes: int) -> list[tuple[str, str]]:
@@ -62,6 +74,19 @@ def sampler(run: Run, prompt: str) -> Callable[[OpenELM, int], Event]:
     def measure(model: OpenELM, step: int) -> Event:
         sampling = SamplingConfig(max_tokens=run.config.evaluation.sample_tokens, seed=run.config.train.seed)
         return {"event": "sample", "prompt": prompt, "text": generate_text(model, run.tokenizer, prompt, sampling)}
+
+    return measure
+
+
+def answerer(run: Run, question: str) -> Callable[[OpenELM, int], Event]:
+    """Make the `sample` event of a question: the model's answer in the chat format, up to its end."""
+    messages = [Message("user", question)]
+    prompt, ids = render(messages, generation_prompt=True), encode_chat(run.tokenizer, messages)
+
+    def measure(model: OpenELM, step: int) -> Event:
+        sampling = SamplingConfig(max_tokens=run.config.evaluation.sample_tokens, seed=run.config.train.seed)
+        text = "".join(token.text for token in generate(model, run.tokenizer, ids, sampling))
+        return {"event": "sample", "question": question, "prompt": prompt, "text": text}
 
     return measure
 

@@ -18,10 +18,12 @@ from openelm.data.manifest import Manifest
 from openelm.data.manifest_file import check_has_text, manifest_of, read_manifest_file
 from openelm.errors import DataError, VerificationError
 from openelm.files.hashes import canonical_json, sha256_bytes
+from openelm.model.config import ModelConfig
+from openelm.text.tokenizer import Tokenizer
 from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.data_lists import LISTS
 from openelm.train.ledger import read_lines, valid_events
-from openelm.train.run import RunConfig
+from openelm.train.run import RunConfig, run_model
 
 
 def _exact(text: str) -> str:
@@ -85,6 +87,29 @@ class Evaluation(Line):
 class Sample(Line):
     prompt: Text
     text: Text
+    question: Text | None = None
+
+
+class HeldOutExamples(Line):
+    examples: Count
+    loss: Hex
+    preference_accuracy: Hex | None = None
+    preference_margin: Hex | None = None
+
+
+class SuiteTask(Strict):
+    task: Text
+    metric: Text
+    shots: Count
+    n: Count
+    value: Hex
+    values: Text | None
+    questions_sha256: Hash
+
+
+class Suite(Line):
+    suite: Text
+    tasks: tuple[SuiteTask, ...]
 
 
 class Saved(Line):
@@ -120,6 +145,8 @@ KINDS: dict[str, type[Line]] = {
     "bad_rows": BadRows,
     "evaluation": Evaluation,
     "sample": Sample,
+    "examples": HeldOutExamples,
+    "suite": Suite,
     "checkpoint": Saved,
     **dict.fromkeys(("start", "resume"), Start),
     "rewind": Rewind,
@@ -144,6 +171,8 @@ class Description(Strict):
     uniform_plan: dict[str, Any]
     data: dict[str, Any]
     held_out: dict[str, Any] | None
+    held_out_examples: dict[str, Any] | None = None
+    base_sha256: Hash | None = None
     tokenizer: TokenizerFacts
 
 
@@ -214,12 +243,13 @@ class Publication:
 
     @functools.cached_property
     def start_of(self) -> dict[int, Start]:
-        """Which start made the valid lines of an update."""
+        """Which start made the valid lines of an update, and those before the first."""
         found: dict[int, Start] = {}
         current = None
         for line in self.valid:
             current = line if isinstance(line, Start) else current
-            if isinstance(line, Step | Objection | BadRows) and current is not None:
+            before_updates = line.step == 0 and isinstance(line, Evaluation | HeldOutExamples | Suite | Sample)
+            if (before_updates or isinstance(line, Step | Objection | BadRows)) and current is not None:
                 found[line.step] = current
         return found
 
@@ -263,6 +293,18 @@ class Publication:
         """The held-out files as `held-out.json` lists them, likewise."""
         recorded = self.description.held_out
         return None if recorded is None else self._manifest("held_out", recorded)
+
+    @functools.cached_property
+    def held_out_examples(self) -> Manifest | None:
+        """The files of held-out examples as `held-out-examples.json` lists them, likewise."""
+        recorded = self.description.held_out_examples
+        return None if recorded is None else self._manifest("held_out_examples", recorded)
+
+    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+        """Derive the model from the settings; that of a tuned run is its base's, and taken as it was recorded."""
+        if self.config.tune is not None:
+            return ModelConfig.parse(self.description.model, file=self.folder / "run.json")
+        return run_model(self.config, tokenizer)
 
     def _manifest(self, key: str, recorded: Mapping[str, Any]) -> Manifest:
         path = self.folder / LISTS[key]

@@ -77,6 +77,7 @@ class RunFile(Part):
     parameters: int | None = None
     data: Corpus | None = None
     held_out: Corpus | None = None
+    held_out_examples: Corpus | None = None
     tokenizer: TokenizerFile | None = None
     environment: dict[str, Any] = {}
     seed: int | None = None
@@ -144,6 +145,7 @@ class StepLine(Line):
     target_tokens: int | None = None
     target_bytes: int | None = None
     loss: Number
+    preference_accuracy: Number | None = None
     gradient_norm: Number | None = None
     learning_rate: Number | None = None
     seconds: Number | None = None
@@ -152,8 +154,12 @@ class StepLine(Line):
 
     @property
     def bits(self) -> float | None:
-        """The bits that this step's batch needed: nats per token / ln 2 times its target tokens."""
-        return None if self.target_tokens is None else self.loss / math.log(2) * self.target_tokens
+        """The bits that this step's batch needed: nats per token / ln 2 times its target tokens; pairs need none."""
+        return (
+            None
+            if self.target_tokens is None or self.preference_accuracy is not None
+            else self.loss / math.log(2) * self.target_tokens
+        )
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -166,6 +172,32 @@ class HeldOutLine(Line):
 
     bits_per_byte: Number
     documents: int | None = None
+
+
+class ExamplesLine(Line):
+    """What a tuned model made of held-out examples."""
+
+    examples: int
+    loss: Number
+    preference_accuracy: Number | None = None
+
+
+class SuiteTask(Part):
+    """A task's result; `values` has a digit for each question."""
+
+    task: str
+    metric: str = ""
+    n: int | None = None
+    value: Number
+    values: str | None = pydantic.Field(None, pattern=r"^[01]*$")
+    questions_sha256: str = ""
+
+
+class SuiteLine(Line):
+    """Answers to a suite of questions."""
+
+    suite: str
+    tasks: tuple[SuiteTask, ...] = ()
 
 
 class SampleLine(Line):
@@ -198,6 +230,8 @@ class Record:
     run: RunFile = field(default_factory=RunFile)
     steps: list[StepLine] = field(default_factory=list)
     held_out: list[HeldOutLine] = field(default_factory=list)
+    examples: list[ExamplesLine] = field(default_factory=list)
+    suites: list[SuiteLine] = field(default_factory=list)
     samples: list[SampleLine] = field(default_factory=list)
     events: list[EventLine] = field(default_factory=list)
     void_steps: list[StepLine] = field(default_factory=list)
@@ -221,6 +255,8 @@ class Record:
 KINDS: dict[str, type[Line]] = {
     "step": StepLine,
     "evaluation": HeldOutLine,
+    "examples": ExamplesLine,
+    "suite": SuiteLine,
     "sample": SampleLine,
     "rewind": RewindLine,
 }
@@ -248,6 +284,8 @@ def read_run(folder: Path) -> Record:
         files={key: _files(folder / name) for key, name in LISTS.items()},
         steps=[line for line in kept if isinstance(line, StepLine)],
         held_out=[line for line in kept if isinstance(line, HeldOutLine)],
+        examples=[line for line in kept if isinstance(line, ExamplesLine)],
+        suites=[line for line in kept if isinstance(line, SuiteLine)],
         samples=[line for line in kept if isinstance(line, SampleLine)],
         events=[line for line in lines if isinstance(line, EventLine)],
         void_steps=[line for line in void if isinstance(line, StepLine)],

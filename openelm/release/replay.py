@@ -14,16 +14,27 @@ from openelm.data.document import list_bad_rows
 from openelm.data.reading import read_documents
 from openelm.errors import VerificationError
 from openelm.model.folder import weights_sha256
+from openelm.model.transformer import OpenELM
+from openelm.release.answering import examples_probe
 from openelm.release.findings import Findings, Progress
 from openelm.release.ground import WEIGHTS_TOLERANCE, Ground, compare_numbers, use_threads
 from openelm.release.integrity import compare_tensors
-from openelm.release.probes import sampler
-from openelm.release.publication import BadRows, Evaluation, Finish, Line, Objection, Publication, Sample, Step
+from openelm.release.probes import answerer, sampler
+from openelm.release.publication import (
+    BadRows,
+    Evaluation,
+    Finish,
+    HeldOutExamples,
+    Line,
+    Objection,
+    Publication,
+    Sample,
+    Step,
+)
 from openelm.release.rescore import compare_score, is_tolerant
 from openelm.release.segments import Segment
 from openelm.text.tokenizer import train_tokenizer
 from openelm.train.checkpoint import STATE, Checkpoint, load_checkpoint
-from openelm.train.objectives import NextToken
 from openelm.train.update import Event, Updater
 
 _NUMBERS = frozenset({"loss", "z_loss", "gradient_norm", "learning_rate"})
@@ -36,7 +47,7 @@ def check_batches(publication: Publication, ground: Ground, progress: Progress) 
         VerificationError: names the first step whose batch, or the first checkpoint whose cursors, do not follow.
     """
     tokens, last = 0, max(publication.updates, default=0)
-    with ground.stream(None) as stream:
+    with ground.work.open_batches(None) as stream:
         for update in range(1, last + 1):
             batch = next(stream)
             tokens += batch.inputs.size
@@ -118,10 +129,10 @@ class _Replay:
 
     def __init__(self, publication: Publication, ground: Ground, findings: Findings) -> None:
         self._publication, self._ground, self._findings = publication, ground, findings
-        self._updater = Updater(ground.run, NextToken(publication.config.train.z_loss))
+        self._updater = Updater(ground.run, ground.work.objective)
         self._measured: dict[int, list[Line]] = {}
         for line in publication.valid:
-            if isinstance(line, Evaluation | Sample):
+            if isinstance(line, Evaluation | HeldOutExamples | Sample):
                 self._measured.setdefault(line.step, []).append(line)
         self._tolerant = False
 
@@ -131,7 +142,9 @@ class _Replay:
             checkpoint = load_checkpoint(publication.folder, segment.start)
             self._updater.restore(checkpoint)
             cursors = checkpoint.state["cursors"]
-        with self._ground.stream(cursors) as stream:
+        else:
+            self._compare_measurements(0)
+        with self._ground.work.open_batches(cursors) as stream:
             for update in range(segment.start + 1, segment.end + 1):
                 start = publication.start_of[update]
                 self._tolerant = is_tolerant(self._ground, start, self._findings) or self._tolerant
@@ -154,7 +167,7 @@ class _Replay:
         for event, line in zip(events, recorded, strict=True):
             for name in sorted(event.keys() - {"event"}):
                 what = f"step {update}: {name}" + (f" of the {line.event}" if isinstance(line, Objection) else "")
-                if name in _NUMBERS:
+                if name in _NUMBERS or name in self._ground.work.objective.statistics:
                     scale = line.raw["loss"] if name == "z_loss" else None  # a small share of the loss
                     compare_numbers(what, line.raw[name], event[name], self._tolerant, ledger, scale)
                 else:
@@ -163,11 +176,27 @@ class _Replay:
     def _compare_measurements(self, update: int) -> None:
         with self._updater.measuring() as model:
             for line in self._measured.get(update, ()):
-                if isinstance(line, Evaluation):
+                if isinstance(line, HeldOutExamples):
+                    self._compare_examples(line, model)
+                elif isinstance(line, Evaluation):
                     compare_score(self._publication, self._ground, line, model, self._findings)
                 elif isinstance(line, Sample) and not self._tolerant:
-                    found = sampler(self._ground.run, line.prompt)(model, update)
+                    run = self._ground.run
+                    asks = sampler(run, line.prompt) if line.question is None else answerer(run, line.question)
+                    found = asks(model, update)
                     _same(f"step {update}: text of the sample", line.text, found["text"], self._publication.ledger)
+
+    def _compare_examples(self, line: HeldOutExamples, model: OpenELM) -> None:
+        held_out = self._ground.work.held_out
+        if held_out is None:
+            raise VerificationError("held-out examples that the run does not name", file=self._publication.ledger)
+        found = examples_probe(self._ground.run, held_out).measure(model, line.step)
+        for name in sorted(found.keys() - {"event"}):
+            what = f"step {line.step}: {name} of held-out examples"
+            if name == "examples":
+                _same(what, line.examples, found[name], self._publication.ledger)
+            else:
+                compare_numbers(what, line.raw[name], found[name], self._tolerant, self._publication.ledger)
 
     def _compare_saved(self, update: int) -> None:
         """Compare with a checkpoint, or with its hashes in the ledger if it is not there any more."""

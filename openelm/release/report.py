@@ -17,6 +17,7 @@ from markupsafe import Markup
 from openelm.data.manifest import Shard
 from openelm.files.atomic import write_atomic
 from openelm.release import charts, units
+from openelm.release.changes import changes
 from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure, notable
 from openelm.release.record import Corpus, Evaluation, Record, Score, read_run
 from openelm.train.data_lists import LISTS
@@ -68,6 +69,8 @@ def render(record: Record) -> str:
         documents=list(_documents(score, final)) if final and score else [],
         open_documents=OPEN_DOCUMENTS,
         interval_over=_interval_over(score) if score else "",
+        changes=changes(record),
+        tuned=bool(record.run.config.get("tune")),
         other_evaluations=_other_evaluations(record),
         learning=learning_figure(record, final.best_baseline if final else None),
         samples=units.spread(record.samples, SAMPLES),
@@ -80,8 +83,9 @@ def render(record: Record) -> str:
         corpora=[
             (title, corpus, _sources(corpus, record.files.get(key, {})), LISTS[key])
             for title, key, corpus in (
-                ("Training text", "data", record.run.data),
+                ("Examples" if record.run.config.get("tune") else "Training text", "data", record.run.data),
                 ("Held-out text", "held_out", record.run.held_out),
+                ("Held-out examples", "held_out_examples", record.run.held_out_examples),
             )
             if corpus is not None
         ],
@@ -116,6 +120,8 @@ def verdict(record: Record) -> str:
         else:
             said += " (no interval)"
         return said + _comparison(score, record.final) + "."
+    if record.run.config.get("tune"):
+        return _tuned(record, model)
     if record.held_out:
         last = record.held_out[-1]
         return (
@@ -125,6 +131,18 @@ def verdict(record: Record) -> str:
     if record.steps:
         return f"After {units.plural(record.last_step, 'step')}, {model} has not been scored on held-out text yet."
     return "The run has started; no step is recorded yet."
+
+
+def _tuned(record: Record, model: str) -> str:
+    """Say what tuning changed, the suites first; of what has no interval it says the numbers only."""
+    found = sorted(changes(record), key=lambda change: change.verdict == "")
+    if not found:
+        return f"After {units.plural(record.last_step, 'step')} of tuning, {model} has not been measured again yet."
+    change = found[0]
+    said = f"{change.name} went from {units.significant(change.before, 3)} to {units.significant(change.after, 3)}"
+    unit = " %" if change.unit == "%" else f" {change.unit}"
+    told = {"": "", "cannot tell": ", which may be chance"}.get(change.verdict, f", which is {change.verdict}")
+    return f"After {units.plural(record.last_step, 'step')} of tuning, {said}{unit}{told}."
 
 
 def _interval_over(score: Score) -> str:

@@ -14,6 +14,7 @@ from openelm.release.ground import LOSS_TOLERANCE, Ground, compare_numbers, use_
 from openelm.release.probes import final_score, held_out_probe
 from openelm.release.publication import Evaluation, Publication, Start, read_json
 from openelm.train.checkpoint import load_checkpoint
+from openelm.train.start import model_of_checkpoint
 
 
 def check_scores(publication: Publication, ground: Ground, findings: Findings) -> None:
@@ -70,9 +71,9 @@ def _ledger_scores(publication: Publication, ground: Ground, claimed: list[Evalu
         findings.skip(f"{len(changed)} of {len(claimed)} scores in the ledger", "they were made with other settings")
     known = [line for line in known if line not in changed]
     for line in known:
-        model = OpenELM(ground.run.model_config)
-        model.load_state_dict(load_checkpoint(publication.folder, line.step).weights)
-        compare_score(publication, ground, line, model.to(ground.run.device).eval(), findings)
+        weights = load_checkpoint(publication.folder, line.step).weights
+        model = model_of_checkpoint(ground.run.config, ground.run.model_config, weights)
+        compare_score(publication, ground, line, model.to(ground.run.device), findings)
     return f"{len(known)} of {len(claimed)}, the last of step {claimed[-1].step}, measured again"
 
 

@@ -6,14 +6,14 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from openelm.model.transformer import OpenELM
-from openelm.optim.schedule import ScheduleConfig
+from openelm.optim.schedule import ScheduleConfig, warmup_steps
 from openelm.release.ground import Ground
 from openelm.release.publication import Objection, Publication
 from openelm.train.checkpoint import load_checkpoint
+from openelm.train.objectives import NextToken
+from openelm.train.update import Updater
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,15 @@ def _turns(publication: Publication) -> Iterator[tuple[int, str]]:
 
 def schedule_boundaries(schedule: ScheduleConfig, steps: int) -> list[int]:
     """Return the last updates before the learning rate takes another course: the end of warm-up, the decay's start."""
-    boundaries = [schedule.warmup_steps] if schedule.warmup_steps else []
+    warmup = warmup_steps(schedule, steps)
+    boundaries = [warmup] if warmup else []
     if schedule.shape == "warmup-stable-decay":
         boundaries.append(steps - max(1, round(steps * schedule.decay_fraction)) + 1)
     return boundaries
 
 
 def _largest_change(publication: Publication, ground: Ground, segments: list[Segment]) -> Segment:
-    model = OpenELM(ground.run.model_config)
-    model.initialise(torch.Generator().manual_seed(publication.config.train.seed))
-    before: Mapping[str, Tensor] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before: Mapping[str, Tensor] = Updater(ground.run, NextToken()).weights()
     largest, chosen = -1.0, segments[0]
     for segment in segments:
         if segment.end not in publication.checkpoints:

@@ -14,11 +14,12 @@ from openelm.release.ground import (
     Ground,
     Replacements,
     stand_on,
+    with_base,
     with_data,
     with_held_out,
 )
 from openelm.release.integrity import check_integrity
-from openelm.release.publication import Publication, read_publication
+from openelm.release.publication import Publication, Suite, read_publication
 from openelm.release.replay import check_batches, check_tokenizer, replay_segments
 from openelm.release.rescore import check_scores
 from openelm.release.segments import all_segments, choose_segments
@@ -81,7 +82,9 @@ def _verify(
     _note_numerics(publication, ground, findings)
     if level >= 1:
         findings.level = 1
-        ground = with_held_out(ground, publication)
+        ground = with_base(with_held_out(ground, publication), publication)
+        if suites := sum(isinstance(line, Suite) for line in publication.valid):
+            findings.skip(f"{suites} results of suites", "their questions were not answered again")
         check_scores(publication, ground, findings)
     if level >= 2:
         findings.level = 2
@@ -96,7 +99,7 @@ def _verify(
                 findings.skip(f"{left} of {left + len(chosen)} segments", "not drawn: a forged one could be among them")
         replay_segments(publication, ground, chosen, findings, progress)
     if level >= 4:
-        if publication.config.tokenizer.path is None:
+        if publication.config.tokenizer.path is None and publication.config.tune is None:
             findings.run("tokenizer", lambda: check_tokenizer(publication, ground))
         else:
             findings.skip("origin of the tokenizer", "it was given to the run, not trained by it")

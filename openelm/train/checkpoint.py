@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from openelm.config import Config
 from openelm.errors import CheckpointError
@@ -127,13 +127,13 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     return Checkpoint(step, digest, weights, optimizer, state)
 
 
-def check_names(weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Compare a checkpoint's weights with a model's, by name and shape.
+def check_names(weights: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> None:
+    """Compare a checkpoint's weights with what a model learns, by name and shape.
 
     Raises:
         CheckpointError: names the first that differs.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in learned.items()}
     for name in sorted(expected.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else None
         if found != expected.get(name):

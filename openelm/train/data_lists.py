@@ -1,4 +1,4 @@
-"""The lists of a run's data files: `data.json` and `held-out.json` in its folder; `run.json` holds their summaries."""
+"""The lists of a run's data files, such as `data.json`, in its folder; `run.json` holds their summaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openelm.data.manifest import Manifest
 from openelm.data.manifest_file import Survey, manifest_of, read_manifest_file
 from openelm.errors import CheckpointError, DataError
 
-LISTS = {"data": "data.json", "held_out": "held-out.json"}
+LISTS = {"data": "data.json", "held_out": "held-out.json", "held_out_examples": "held-out-examples.json"}
 """File names by the keys of their summaries in `run.json`."""
 
 Lists = Mapping[str, tuple[Survey, ...]]
@@ -29,7 +29,7 @@ def read_lists(folder: Path, description: Mapping[str, Any], allow_change: Colle
     return {
         key: _read_list(folder / name, description[key]["sha256"], f"{key}_sha256")
         for key, name in LISTS.items()
-        if description[key] is not None and f"{key}_sha256" not in allow_change
+        if description.get(key) is not None and f"{key}_sha256" not in allow_change
     }
 
 

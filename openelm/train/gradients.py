@@ -24,7 +24,7 @@ _BUCKET = 25 * 2**18  # fp32 numbers: 25 MiB, as in DistributedDataParallel
 
 
 class FlatGradients:
-    """The `.grad` of every parameter as views of one fp32 tensor, with the two sums of the loss at its beginning.
+    """The `.grad` of every parameter as views of one fp32 tensor, with the means of the losses at its beginning.
 
     It is sent in buckets, from the end to the beginning: a backward pass completes the last parameters first.
     """
@@ -32,13 +32,14 @@ class FlatGradients:
     scale = 1
     """By what a loss is multiplied before its backward pass."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], processes: Processes = ALONE) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], processes: Processes = ALONE, *, sums: int = 2) -> None:
+        assert sums <= _ALIGNED
         self._processes = processes
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         starts = list(accumulate((_aligned(parameter) for parameter in learning), initial=_ALIGNED))
         self.values = torch.zeros(starts[-1], dtype=torch.float32, device=learning[0].device)
-        self.losses = self.values[:2]
-        """(loss sum, nats)."""
+        self.losses = self.values[:sums]
+        """Mean loss, mean nats, and the objective's statistics."""
         self._cuts = [starts.pop()]
         """Where buckets end and begin, in the order in which they are sent."""
         self._sizes: list[int] = [0]

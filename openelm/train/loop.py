@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,8 @@ class Probe:
 
     every: int
     measure: Callable[[OpenELM, int], Event]
+    at_start: bool = False
+    """Whether to measure before the first step too."""
 
 
 def train(
@@ -67,6 +70,7 @@ def train(
     probes: Sequence[Probe] = (),
     observers: Sequence[Observer] = (),
     processes: Processes = ALONE,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> OpenELM:
     """Train to the run's last step, from its newest good checkpoint if it has one.
 
@@ -75,6 +79,7 @@ def train(
     Args:
         open_batches: makes this process's batches from saved cursors, or from the beginning for None.
         observers: called with every ledger event of this start, in order, in the first process.
+        facts: what the ledger records of this start besides.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -91,7 +96,8 @@ def train(
             clean_checkpoints(run.folder)
             ledger = opened.enter_context(Ledger(run.ledger_path))
         saver = opened.enter_context(Saver(run.folder, processes, background=run.config.checkpoints.background))
-        return _Trainer(run, objective, probes, observers, ledger, saver, processes).train(open_batches)
+        trainer = _Trainer(run, objective, probes, observers, ledger, saver, processes, facts)
+        return trainer.train(open_batches)
 
 
 def _check_processes(run: Run, processes: Processes) -> None:
@@ -115,8 +121,9 @@ class _Trainer:
         ledger: Ledger | None,
         saver: Saver,
         processes: Processes,
+        facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.run, self.probes, self.observers = run, probes, observers
+        self.run, self.probes, self.observers, self.facts = run, probes, observers, facts
         self.ledger, self.saver, self.processes = ledger, saver, processes
         self.config = run.config.train
         self.updater = Updater(run, objective, processes)
@@ -139,6 +146,8 @@ class _Trainer:
         batches = open_batches(cursors)
         clock = _Clock(self.state.seconds)
         with _stop_requests() as stop_signals:
+            if cursors is None:
+                self._measure(lambda probe: probe.at_start)
             while self.state.step < self.config.steps:
                 self._step(batches)
                 last = self.state.step == self.config.steps
@@ -147,7 +156,7 @@ class _Trainer:
                 if saving or measuring or not self.updater.runs_ahead:
                     self._record_launched()
                 self.state.seconds = clock.seconds()
-                self._measure(last)
+                self._measure(lambda probe: last or self.state.step % probe.every == 0)  # noqa: B023
                 self.state.seconds = clock.seconds()
                 self._take(wait=False)
                 stopping = self.processes.any_true(bool(stop_signals))
@@ -213,11 +222,11 @@ class _Trainer:
             self._sync()
             raise error
 
-    def _measure(self, last: bool) -> None:
+    def _measure(self, due: Callable[[Probe], bool]) -> None:
         """Take the measurements that are due: in the first process, or in all of them that share the model."""
         step = self.state.step
         for probe in self.probes if self.processes.leads or self.updater.sharded else ():
-            if last or step % probe.every == 0:
+            if due(probe):
                 with self.updater.measuring() as model:
                     self._record({"step": step, **probe.measure(model, step)})
 
@@ -286,6 +295,7 @@ class _Trainer:
             "tokenizer_sha256": self.run.tokenizer.sha256,
             "processes": self.processes.count,
             "environment": environment(self.run.device, self.run.precision),
+            **self.facts,
         }
 
     def _all_cursors(self, batches: Batches) -> list[dict[str, Any]]:

@@ -16,9 +16,11 @@ from rich.table import Table
 
 from openelm.errors import printable
 from openelm.train.ledger import number
+from openelm.train.objectives import Preference
 
 _PLAIN_SECONDS = 10.0
 _SMOOTHING = 0.95
+STATISTICS = Preference.statistics
 
 
 class ProgressDisplay:
@@ -52,6 +54,8 @@ class ProgressDisplay:
         elif kind == "sample":
             text = "".join(c if c == "\n" or c.isprintable() else printable(c) for c in event["prompt"] + event["text"])
             self._say(f"step {event['step']}: a sample", *(f"  {line}" for line in text.strip().splitlines()[:6]))
+        elif kind in ("examples", "suite"):
+            self._say(f"step {event['step']}: {answered(event)}")
         elif kind in ("resume", "skip", "spike", "damage", "nonfinite", "bad_rows"):
             self._say(f"step {event['step']}: {_NOTICES[kind].format(**{'reason': '', **event})}")
 
@@ -78,6 +82,9 @@ class ProgressDisplay:
             "MFU": f"{values['mfu']:.0%}",
             "left": f"{int(left) // 60}:{int(left) % 60:02d}",
         }
+        if "preference_accuracy" in values:
+            del cells["bits/byte"]
+            cells["preferred"] = f"{values['preference_accuracy']:.0%}"
         if self._held_out is not None:
             cells["held-out"] = f"{self._held_out:.3f}"
         return cells
@@ -130,7 +137,19 @@ def step_numbers(event: Mapping[str, Any]) -> dict[str, float]:
         "learning_rate": number(event["learning_rate"]),
         "tokens_per_second": event["tokens_per_second"],
         "mfu": event["mfu"],
+        **{name: number(event[name]) for name in STATISTICS if name in event},
     }
+
+
+def answered(event: Mapping[str, Any]) -> str:
+    """Say what an `examples` or a `suite` event measured."""
+    if event["event"] == "suite":
+        tasks = (f"{task['task']} {number(task['value']):.1%}" for task in event["tasks"])
+        return f"{event['suite']}: {', '.join(tasks)}"
+    said = f"{event['examples']:,} held-out examples cost {number(event['loss']):.4f} nats"
+    if "preference_accuracy" in event:
+        return f"{said} a pair; {number(event['preference_accuracy']):.1%} of the chosen answers preferred"
+    return f"{said} a token"
 
 
 class TensorBoard:
@@ -155,6 +174,13 @@ class TensorBoard:
                     self._writer.add_scalar(f"train/{name}", value, event["step"])
         elif event["event"] == "evaluation":
             self._writer.add_scalar("held_out/bits_per_byte", number(event["bits_per_byte"]), event["step"])
+        elif event["event"] == "examples":
+            for name in ("loss", *STATISTICS):
+                if name in event:
+                    self._writer.add_scalar(f"held_out_examples/{name}", number(event[name]), event["step"])
+        elif event["event"] == "suite":
+            for task in event["tasks"]:
+                self._writer.add_scalar(f"suites/{task['task']}", number(task["value"]), event["step"])
         elif event["event"] == "sample":
             self._writer.add_text("sample", f"{event['prompt']}{event['text']}", event["step"])
         elif event["event"] in ("finish", "stop"):

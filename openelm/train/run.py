@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
+from openelm.adapters.config import AdapterConfig
 from openelm.config import Config
 from openelm.data.manifest import Manifest, SourceConfig
 from openelm.data.manifest_file import manifest_of, survey_sources, write_manifest_file
@@ -21,22 +22,19 @@ from openelm.errors import CheckpointError, ConfigError
 from openelm.files.atomic import make_folder, write_atomic
 from openelm.files.published import publish_folder
 from openelm.kernels.precision import cpu_multiplies_bf16
-from openelm.model.budget import Work, recompute_within
 from openelm.model.config import ModelConfig
 from openelm.model.device import choose_device
 from openelm.model.float8 import check_float8
-from openelm.model.plan import LayerPlan, matched_uniform_plan
+from openelm.model.plan import matched_uniform_plan
 from openelm.model.sizes import ModelChoice
-from openelm.model.transformer import Recompute
 from openelm.optim.config import OptimizerConfig
 from openelm.optim.schedule import ScheduleConfig
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.checkpoint import CheckpointConfig
 from openelm.train.data_lists import LISTS, Lists, first_difference, read_lists
 from openelm.train.environment import COMPARED, environment, git_commit
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from openelm.train.settings import EvaluationConfig, TrainConfig
+from openelm.train.tuning import TuneConfig, base_sha256
 
 
 class TokenizerChoice(Config):
@@ -46,103 +44,6 @@ class TokenizerChoice(Config):
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder with one."""
     vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
     """Pieces of the tokenizer to train when no path is given."""
-
-
-class TrainConfig(Config):
-    """The shape of the work and what to do when it goes wrong."""
-
-    steps: Positive
-    rows: Positive
-    """Sequences per optimizer step."""
-    length: Positive
-    """Tokens per sequence."""
-    micro_rows: Positive | None = None
-    """Sequences per forward and backward pass; gradients are averaged over all target tokens of the step."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Fixes the initial weights and the document order."""
-    precision: Literal["auto", "fp32", "bf16", "float8"] = "auto"
-    """`auto`: bf16 on GPUs and on CPUs that multiply it natively, otherwise fp32. `float8`: bf16, and the layers'
-    projections in float8 (extra `float8`, CUDA capability 8.9 or more)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    numerics: Literal["fast", "exact"] = "fast"
-    """`exact`: gradients are added in one fixed order, so 1, 2 and 4 processes give the same weights to the bit."""
-    shards: Positive = 8
-    """With `exact`: into how many parts each batch is cut; a power of two, at least the number of processes."""
-    shard_processes: Positive = 1
-    """How many processes share one copy of weights, gradients and optimizer state (FSDP2); 1: each holds a whole
-    copy (data parallel), all of them: fully sharded, fewer: hybrid. Where fewer are started, all of them share."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """How long a process waits for the others before it stops."""
-    document_mask: bool = True
-    """Whether the documents packed into one row are hidden from each other."""
-    recompute: Recompute = "none"
-    """Activation checkpointing: "full" keeps each layer's input only and computes the rest again in the backward pass,
-    "selective" computes everything but the projections again."""
-    activation_gb: Annotated[float, Field(gt=0)] | None = None
-    """In place of `recompute`: what layers may keep for the backward pass, in units of 1e9 bytes; as few layers as
-    possible compute again, the cheapest ones."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Whether layers go through torch.compile; `auto`: on CUDA, where Triton is installed."""
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Largest global gradient norm."""
-    z_loss: Annotated[float, Field(ge=0)] = 1e-4
-    recheck_every: Count = 0
-    """Compute the gradients of the steps that are multiples of this twice, and stop if they differ; 0: never."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """What to do with an update whose loss or gradient is not finite."""
-    max_skips: Positive = 5
-    """Stop when this many updates in a row were skipped."""
-    on_spike: Literal["warn", "skip"] = "warn"
-    """What to do with an update whose loss is far above the recent ones."""
-    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
-    """A spike is this many standard deviations above the mean of the last 64 losses."""
-
-    @model_validator(mode="after")
-    def _micro_rows_divide(self) -> Self:
-        if self.micro_rows is not None and self.rows % self.micro_rows:
-            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
-        if self.numerics == "exact" and (self.shards & (self.shards - 1) or self.rows % self.shards):
-            raise ValueError(f"shards {self.shards} must be a power of two that divides rows {self.rows}")
-        if self.numerics == "exact" and self.shard_processes > 1:
-            raise ValueError("numerics 'exact' adds up whole gradients: it needs shard_processes 1")
-        if self.recheck_every and self.shard_processes > 1:
-            raise ValueError("recheck_every compares whole gradients: it needs shard_processes 1")
-        if self.precision == "float8" and self.shard_processes > 1:
-            raise ValueError("precision 'float8' needs shard_processes 1")
-        if self.activation_gb is not None and self.recompute != "none":
-            raise ValueError("activation_gb chooses what to compute again: leave recompute at 'none'")
-        return self
-
-    def work(self, plan: LayerPlan, processes: int, precision: str, device: str) -> Work:
-        """Describe what goes through a model at once in each of some processes, on a "cpu" or another device.
-
-        Raises:
-            ConfigError: activation_gb is too little.
-        """
-        rows = self.rows // (self.shards if self.numerics == "exact" else processes)
-        work = Work(
-            min(rows, self.micro_rows or rows),
-            self.length,
-            "fp32" if precision == "fp32" else "bf16",
-            "cpu" if device == "cpu" else "gpu",
-            self.recompute,
-            self.document_mask,
-        )
-        if self.activation_gb is None:
-            return work
-        return replace(work, recompute=recompute_within(plan, work, int(self.activation_gb * 1e9)))
-
-
-class EvaluationConfig(Config):
-    """Measurements on held-out text while training goes on."""
-
-    every: Positive = 500
-    """Steps between measurements; the last step is always measured."""
-    max_bytes: Positive = 65_536
-    """Held-out text read each time, the beginnings of its documents."""
-    prompts: tuple[str, ...] = ()
-    """Beginnings that the model continues each time, to be read by people."""
-    sample_tokens: Positive = 80
 
 
 class RunConfig(Config):
@@ -157,10 +58,36 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig | None = None
+    adapter: AdapterConfig | None = None
+    """With `tune`: leave the base as it is, and train small matrices beside its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _examples_are_whole_rows(cls, values: Any) -> Any:
+        """Let the sources of examples need no text column, unless they name one."""
+        if isinstance(values, Mapping) and isinstance(tune := values.get("tune"), Mapping):
+            data, kept = values.get("data"), tune.get("held_out", ())
+            values = {**values, "tune": {**tune, "held_out": _whole_rows(kept)}}
+            if isinstance(data, Mapping) and "sources" in data:
+                values["data"] = {**data, "sources": _whole_rows(data["sources"])}
+        return values
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> Self:
+        if self.adapter is None:
+            return self
+        if self.tune is None:
+            raise ValueError("an adapter needs a trained model to adapt: give [tune] with a base")
+        if self.train.shard_processes > 1 or self.train.precision == "float8":
+            raise ValueError("an adapter needs train.shard_processes 1 and a train.precision other than 'float8'")
+        if self.optimizer.weights != "fp32" or self.optimizer.kind != "adamw":
+            raise ValueError("an adapter's matrices are trained in fp32 with AdamW: leave both at their defaults")
+        return self
 
     @model_validator(mode="after")
     def _length_fits(self) -> Self:
-        if self.train.length > self.model.context:
+        if self.tune is None and self.train.length > self.model.context:
             raise ValueError(f"train.length {self.train.length} is longer than model.context {self.model.context}")
         return self
 
@@ -171,6 +98,12 @@ class RunConfig(Config):
         if self.optimizer.weights != "fp32" and self.train.shard_processes > 1:
             raise ValueError(f"optimizer.weights {self.optimizer.weights!r} needs train.shard_processes 1")
         return self
+
+
+def _whole_rows(sources: Any) -> Any:
+    if not isinstance(sources, list | tuple):
+        return sources  # the field's validator says what is wrong
+    return [{"text_key": "", **source} if isinstance(source, Mapping) else source for source in sources]
 
 
 @dataclass(frozen=True)
@@ -185,6 +118,8 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
     precision: Literal["fp32", "bf16", "float8"]
+    held_out_examples: Manifest | None = None
+    base_sha256: str | None = None
 
     @property
     def compiles(self) -> bool:
@@ -221,6 +156,9 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
     found = {"data": config.data.open_surveys(known.get("data", ()))}
     if config.held_out:
         found["held_out"] = survey_sources(config.held_out, known=known.get("held_out", ()))
+    if config.tune and config.tune.held_out:
+        known_examples = known.get("held_out_examples", ())
+        found["held_out_examples"] = survey_sources(config.tune.held_out, known=known_examples)
     manifest = manifest_of(found["data"])
     tokenizer = _open_tokenizer(folder / "tokenizer", config, manifest)
     device = choose_device(config.train.device)
@@ -241,6 +179,8 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
         tokenizer=tokenizer,
         device=device,
         precision=precision,
+        held_out_examples=manifest_of(found["held_out_examples"]) if "held_out_examples" in found else None,
+        base_sha256=base_sha256(Path(config.tune.base)) if config.tune else None,
     )
     description = describe_run(run)
     changed = stored is None or _check_changes(stored, description, known, found, allow_change, folder / "run.json")
@@ -255,7 +195,18 @@ def open_run(folder: Path, config: RunConfig, *, allow_change: Sequence[str] = (
 
 
 def run_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Resolve a recipe's model for the run's tokenizer."""
+    """Resolve a recipe's model for the run's tokenizer: the base, where there is one.
+
+    Raises:
+        CheckpointError: the base is no model folder.
+        ConfigError: `train.length` is longer than its context.
+    """
+    if config.tune is not None:
+        base = ModelConfig.from_file(Path(config.tune.base) / "config.json")
+        if config.train.length > base.max_context_length:
+            what = f"train.length {config.train.length} is longer than the base's context"
+            raise ConfigError(what, fix=f"set it to {base.max_context_length} or less")
+        return base
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return config.model.config(tokenizer.vocab_size).model_copy(update=ids)
 
@@ -263,8 +214,9 @@ def run_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _open_tokenizer(folder: Path, config: RunConfig, manifest: Manifest) -> Tokenizer:
     if folder.is_dir():
         return load_tokenizer(folder)
-    if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(Path(config.tokenizer.path))
+    path = config.tokenizer.path or (config.tune.base if config.tune else None)
+    if path is not None:
+        tokenizer = load_tokenizer(Path(path))
     else:
         documents = read_documents(manifest, on_bad_row=config.data.on_bad_row)
         tokenizer = train_tokenizer((document.text for document in documents), config.tokenizer.vocab_size)
@@ -285,6 +237,8 @@ def describe_run(run: Run) -> dict[str, Any]:
         "uniform_plan": asdict(matched_uniform_plan(plan)),
         "data": run.manifest.summary(),
         "held_out": run.held_out.summary() if run.held_out else None,
+        "held_out_examples": run.held_out_examples.summary() if run.held_out_examples else None,
+        "base_sha256": run.base_sha256,
         "tokenizer": {"vocab_size": run.tokenizer.vocab_size, "sha256": run.tokenizer.sha256},
         "environment": environment(run.device, run.precision),
         "git_commit": git_commit(),
@@ -345,6 +299,8 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
         "environment": environment,
         "data_sha256": description["data"]["sha256"],
         "held_out_sha256": description["held_out"] and description["held_out"]["sha256"],
+        "held_out_examples_sha256": (description.get("held_out_examples") or {}).get("sha256"),
+        "base_sha256": description.get("base_sha256"),
         "tokenizer_sha256": description["tokenizer"]["sha256"],
     }
 

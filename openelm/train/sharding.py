@@ -40,16 +40,16 @@ def sharded_model(config: ModelConfig, processes: Processes, size: int, device: 
 
 
 class ShardedGradients:
-    """Gradients that FSDP2 adds up while the backward pass goes on, and the two losses beside them.
+    """Gradients that FSDP2 adds up while the backward pass goes on, and the means of the losses beside them.
 
     FSDP2 takes the mean over the processes; the loss is multiplied by their count first, a power of two, so no bit
     is lost.
     """
 
-    def __init__(self, model: nn.Module, processes: Processes, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, processes: Processes, device: torch.device, *, sums: int = 2) -> None:
         assert isinstance(model, FSDPModule)
         self._model, self._processes = model, processes
-        self.losses = torch.zeros(2, device=device)
+        self.losses = torch.zeros(sums, device=device)
         self.scale = processes.count
 
     def expect(self, *, last: bool) -> None:

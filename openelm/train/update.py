@@ -17,6 +17,7 @@ from torch import Tensor
 from openelm.data.document import BadRow, list_bad_rows
 from openelm.data.stream import Batch, batch_sha256
 from openelm.errors import NumericError, VerificationError
+from openelm.files.hashes import sha256_bytes
 from openelm.kernels.attention_gpu import visible_documents
 from openelm.kernels.transfer import Returning, send
 from openelm.model.float8 import use_float8
@@ -27,9 +28,10 @@ from openelm.train.checkpoint import Checkpoint, check_names
 from openelm.train.distributed import ALONE, Processes
 from openelm.train.gradients import FlatGradients, Tree, leaf_order
 from openelm.train.ledger import number
-from openelm.train.objectives import Objective
+from openelm.train.objectives import Objective, Rows
 from openelm.train.run import Run
-from openelm.train.sharding import ShardedGradients, sharded_model
+from openelm.train.sharding import ShardedGradients
+from openelm.train.start import starting_model, starting_weights
 
 Event = Mapping[str, Any]
 
@@ -71,6 +73,8 @@ class Totals:
     tokens: int
     targets: int
     target_bytes: int
+    weight: int
+    """By what sums over the batch are divided."""
     sha256: str
     bad_rows: list[BadRow]
 
@@ -80,7 +84,7 @@ class Launched:
     """An update that was given to the device, which may not have done it yet.
 
     Attributes:
-        numbers: the mean loss, the mean nats, and the norm of the gradients.
+        numbers: the mean loss, the mean nats, the means of the objective's statistics, and the norm of the gradients.
         step, tokens: as in `State`, after it.
     """
 
@@ -90,29 +94,35 @@ class Launched:
     step: int
     tokens: int
 
+    def nats_and_norm(self) -> tuple[float, float]:
+        """Wait for the mean nats and the norm."""
+        _, nats, *_, norm = self.numbers.numbers()
+        return nats, norm
+
 
 class Updater:
     """The weights, the optimizer and the counters of a run; `update` takes the next batch.
 
-    Freshly made it is at step 0, with the weights that the run's seed stands for.
+    Freshly made it is at step 0, with the weights that the run begins with.
     """
 
     def __init__(self, run: Run, objective: Objective, processes: Processes = ALONE) -> None:
         self.run, self.objective, self.processes = run, objective, processes
         self.config = run.config.train
         size = min(self.config.shard_processes, processes.count)
-        self.model = sharded_model(run.model_config, processes, size, run.device) if size > 1 else _whole_model(run)
+        self.model = starting_model(run, processes, size)
         if run.precision == "float8":
             use_float8(self.model)
         work = self.config.work(run.model_config.plan, processes.count, run.precision, run.device.type)
         self.model.recompute = work.recompute
         self.model.compiles = run.compiles
         self.optimizer = Optimizer(run.config.optimizer, self.model, seed=self.config.seed)
-        self.optimizer.load(self.model.initial_weights(torch.Generator().manual_seed(self.config.seed)))
+        self.optimizer.load(starting_weights(run, self.model))
+        sums = 2 + len(objective.statistics)
         self.gradients: FlatGradients | ShardedGradients = (
-            ShardedGradients(self.model, processes, run.device)
+            ShardedGradients(self.model, processes, run.device, sums=sums)
             if size > 1
-            else FlatGradients(self.model.parameters(), processes)
+            else FlatGradients(self.model.parameters(), processes, sums=sums)
         )
         self.state = State()
 
@@ -133,7 +143,7 @@ class Updater:
         Raises:
             CheckpointError: its tensors are not those of this model.
         """
-        check_names(checkpoint.weights, self.model)
+        check_names(checkpoint.weights, self.weights())
         self.optimizer.load(checkpoint.weights.items())
         self.optimizer.restore(checkpoint.optimizer)
         self.state = State.from_json(checkpoint.step, checkpoint.state)
@@ -166,9 +176,9 @@ class Updater:
         """
         totals = self._totals(batch)
         rate = learning_rate(self.run.config.schedule, self.state.step, self.config.steps)
-        losses = self._accumulate(batch, max(1, totals.targets))
+        losses = self._accumulate(batch, max(1, totals.weight))
         if self.config.recheck_every and (self.state.step + 1) % self.config.recheck_every == 0:
-            losses = self._recheck(batch, max(1, totals.targets))
+            losses = self._recheck(batch, max(1, totals.weight))
         norm = self.gradients.norm()
         numbers = torch.cat([losses, norm.to(losses.dtype)[None]])
         self.state.step += 1
@@ -177,7 +187,7 @@ class Updater:
         skip = None
         if self.runs_ahead:
             skip = 1 - torch.isfinite(numbers[1:]).all().float()
-        if self.runs_ahead or not self._skips(self._objection(*launched.numbers.numbers()[1:])):
+        if self.runs_ahead or not self._skips(self._objection(*launched.nats_and_norm())):
             divisor = clip_divisor(norm, self.config.clip_norm)
             self.optimizer.step(rate, step=self.state.step, divisor=divisor, skip=skip)
         self.gradients.clear()
@@ -190,7 +200,7 @@ class Updater:
             The ledger's events, all of them functions of the run and the step alone, and the error with which
             training must stop, if it must.
         """
-        loss, nll, norm = launched.numbers.numbers()
+        loss, nll, *statistics, norm = launched.numbers.numbers()
         totals, reason = launched.totals, self._objection(nll, norm)
         skipped = self._skips(reason)
         self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if skipped else 0
@@ -210,23 +220,25 @@ class Updater:
             "target_bytes": totals.target_bytes,
             "z_loss": (loss - nll).hex(),
             "learning_rate": launched.rate.hex(),
+            **{name: mean.hex() for name, mean in zip(self.objective.statistics, statistics, strict=True)},
         }
         return [*events, {"event": "step", **seen, **step}], None
 
     def _totals(self, batch: Batch) -> Totals:
         targets = int((batch.targets != -100).sum())
         digests = torch.from_numpy(batch.row_sha256.view("<i8").reshape(-1))
-        counts = torch.tensor([batch.inputs.size, targets, batch.target_bytes, len(batch.bad_rows)])
+        weight = self.objective.weight(batch)
+        counts = torch.tensor([batch.inputs.size, targets, batch.target_bytes, weight, len(batch.bad_rows)])
         everywhere = self.processes.gather(torch.cat([counts, digests]))
-        tokens, targets, target_bytes, bad = everywhere[:, :4].sum(0).tolist()
-        rows = everywhere[:, 4:].reshape(self.processes.count, -1, 4).transpose(0, 1)  # row r is with r % count
+        tokens, targets, target_bytes, weight, bad = everywhere[:, :5].sum(0).tolist()
+        rows = everywhere[:, 5:].reshape(self.processes.count, -1, 4).transpose(0, 1)  # row r is with r % count
         bad_rows = chain.from_iterable(self.processes.gather_json(batch.bad_rows)) if bad else ()
-        return Totals(tokens, targets, target_bytes, batch_sha256(rows.contiguous().numpy()), list(bad_rows))
+        return Totals(tokens, targets, target_bytes, weight, batch_sha256(rows.contiguous().numpy()), list(bad_rows))
 
-    def _accumulate(self, batch: Batch, targets: int) -> Tensor:
-        """Add up the gradients of the mean loss over all targets of the batch; returns (mean loss, mean nats)."""
+    def _accumulate(self, batch: Batch, weight: int) -> Tensor:
+        """Add up the gradients of the mean loss over the batch; returns that, the mean nats and other means."""
         if self.config.numerics == "fast":
-            self._add_rows(batch, slice(None), targets)
+            self._add_rows(batch, slice(None), weight)
             self.gradients.add_up()
         else:
             assert isinstance(self.gradients, FlatGradients)
@@ -234,13 +246,13 @@ class Updater:
             tree = Tree()
             for leaf in leaf_order(mine):
                 self.gradients.clear()
-                self._add_rows(batch, slice(leaf, None, mine), targets)
+                self._add_rows(batch, slice(leaf, None, mine), weight)
                 tree.add(self.gradients.values)
             self.gradients.values.copy_(tree.total())
             self.processes.add_in_tree(self.gradients.values)
         return self.gradients.losses
 
-    def _recheck(self, batch: Batch, targets: int) -> Tensor:
+    def _recheck(self, batch: Batch, weight: int) -> Tensor:
         """Compute the gradients once more and compare them bit for bit.
 
         Raises:
@@ -249,7 +261,7 @@ class Updater:
         assert isinstance(self.gradients, FlatGradients)
         before = self.gradients.values.clone()
         self.gradients.clear()
-        losses = self._accumulate(batch, targets)
+        losses = self._accumulate(batch, weight)
         if torch.equal(before.view(torch.int32), self.gradients.values.view(torch.int32)):
             return losses
         raise VerificationError(
@@ -257,22 +269,51 @@ class Updater:
             fix="this machine, or a kernel it uses, does not compute the same twice; the last checkpoint is intact",
         )
 
-    def _add_rows(self, batch: Batch, rows: slice, targets: int) -> None:
+    def _add_rows(self, batch: Batch, part: slice, weight: int) -> None:
         """Add the gradients and the mean losses of some rows, a few rows at a time."""
         device, dtype = self.run.device, torch.float32 if self.run.precision == "fp32" else torch.bfloat16
-        parts = [torch.from_numpy(array[rows]) for array in (batch.inputs, batch.targets, batch.documents)]
-        micro_rows = self.config.micro_rows or len(parts[0])
-        micros = list(zip(*(torch.split(part, micro_rows) for part in parts), strict=True))
-        for index, micro in enumerate(micros, start=1):
-            masked = self.config.document_mask and bool(micro[2].any())  # 0 throughout: one document a row
-            inputs, answers = send(micro[0], device), send(micro[1], device)
-            documents = visible_documents(micro[2], dtype, device) if masked else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss_sum, nll_sum = self.objective(self.model, inputs, answers, documents)
-            mean = loss_sum / targets
-            self.gradients.expect(last=index == len(micros) and self.config.numerics == "fast")
-            torch.autograd.backward(mean * self.gradients.scale)
-            self.gradients.losses += torch.stack([mean.detach(), nll_sum / targets])
+        micros = list(self._micros(batch, part))
+        for index, (inputs, targets, documents, examples) in enumerate(micros, start=1):
+            masked = self.config.document_mask and bool(documents.any())  # 0 throughout: one document a row
+            rows = Rows(
+                send(inputs, device),
+                send(targets, device),
+                visible_documents(documents, dtype, device) if masked else None,
+                documents.to(device) if examples is not None else documents,
+                None if examples is None else examples.to(device),
+            )
+            with self._draws_of(part.start or 0, index):
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss_sum, sums = self.objective(self.model, rows)
+                mean = loss_sum / weight
+                self.gradients.expect(last=index == len(micros) and self.config.numerics == "fast")
+                torch.autograd.backward(mean * self.gradients.scale)
+            self.gradients.losses += torch.cat([mean.detach()[None], sums / weight])
+
+    def _micros(self, batch: Batch, part: slice) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Yield (inputs, targets, documents, examples or None) of as many rows as go through the model at once."""
+        arrays: list[Any] = [batch.inputs, batch.targets, batch.documents]
+        if batch.examples is not None:
+            arrays.append(batch.examples)
+        parts = [torch.from_numpy(array[part]) for array in arrays]
+        micro_rows = self.config.micro_rows or max(1, len(parts[0]))
+        for inputs, targets, documents, *examples in zip(
+            *(torch.split(all_, micro_rows) for all_ in parts), strict=True
+        ):
+            yield inputs, targets, documents, examples[0] if examples else None
+
+    @contextlib.contextmanager
+    def _draws_of(self, part: int, micro: int) -> Iterator[None]:
+        """Let dropout depend on nothing but the run's seed, the step and which of the batch's rows these are."""
+        adapter = self.run.config.adapter
+        if adapter is None or not adapter.dropout:
+            yield
+            return
+        first_row = part * self.processes.count + self.processes.rank
+        place = f"{self.config.seed}/{self.state.step}/{first_row}/{micro}"
+        with torch.random.fork_rng([self.run.device] if self.run.device.type == "cuda" else []):
+            torch.manual_seed(int(sha256_bytes(place.encode())[:15], 16))
+            yield
 
     def _objection(self, nll: float, gradient_norm: float) -> str | None:
         """Say what is wrong with this update, if anything is."""
@@ -300,7 +341,3 @@ class Updater:
             file=self.run.ledger_path,
             fix="lower schedule.peak or raise schedule.warmup_steps; the last checkpoint is intact",
         )
-
-
-def _whole_model(run: Run) -> OpenELM:
-    return OpenELM(run.model_config).to(run.device)

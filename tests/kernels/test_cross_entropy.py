@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from openelm.kernels import cross_entropy, precision
-from openelm.kernels.cross_entropy import linear_cross_entropy
+from openelm.kernels.cross_entropy import linear_cross_entropy, linear_log_likelihoods
 
 Z_LOSS = 1e-2
 
@@ -197,3 +197,44 @@ def test_targets_of_any_layout_and_kind_give_the_same(dtype: torch.dtype) -> Non
     expected = run(hidden, weight, targets, Z_LOSS)
     for other in (apart, targets.int()):
         assert all(torch.equal(a, b) for a, b in zip(run(hidden, weight, other, Z_LOSS), expected, strict=True))
+
+
+def log_likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(hidden @ weight.t(), dim=1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 64 << 20])
+def test_log_likelihoods_of_targets_and_their_gradients_are_those_of_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", dict.fromkeys(("fp32", "bf16", "gpu"), chunk_bytes))
+    hidden, weight, shares = numbers(7, 6), numbers(9, 6, seed=1), numbers(7, seed=2)
+    targets, found = torch.arange(7) % 9, []
+    for formula in (linear_log_likelihoods, log_likelihoods):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        values = formula(*leaves, targets)
+        found.append((values.detach(), *torch.autograd.grad((values * shares).sum(), leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_log_likelihoods_under_bf16_autocast_are_near_those_of_float64() -> None:
+    hidden, weight, targets = numbers(64, 32), numbers(50, 32, seed=1), torch.arange(64) % 50
+    leaves = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = linear_log_likelihoods(*leaves, targets)
+    values.sum().backward()
+    exact = log_likelihoods(*(wide := (hidden.requires_grad_(), weight.requires_grad_())), targets)
+    assert values.dtype == torch.float32
+    assert torch.allclose(values.double(), exact, atol=0.1)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(exact.sum(), wide), strict=True):
+        assert leaf.grad is not None
+        assert float((leaf.grad - gradient).norm() / gradient.norm()) < 0.02
+
+
+def test_a_frozen_weight_gets_no_gradient_and_the_states_get_theirs() -> None:
+    hidden, weight = numbers(5, 4).requires_grad_(), numbers(9, 4, seed=1)
+    targets = torch.arange(5)
+    linear_log_likelihoods(hidden, weight, targets).sum().backward()
+    (exact,) = torch.autograd.grad(log_likelihoods(hidden, weight, targets).sum(), hidden)
+    assert hidden.grad is not None and torch.allclose(hidden.grad, exact)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,6 @@ def test_the_gradient_norm_is_the_one_before_clipping(bench: Any, tmp_path: Path
 
 
 def test_a_batch_without_any_target_is_no_division_by_zero(bench: Any, tmp_path: Path, batch: Batch) -> None:
-    nothing = SimpleNamespace(inputs=batch.inputs, targets=np.full_like(batch.targets, -100), documents=batch.documents)
+    nothing = dataclasses.replace(batch, targets=np.full_like(batch.targets, -100))
     losses = Updater(bench.open(tmp_path), NextToken())._accumulate(nothing, 1)
     assert losses.tolist() == [0.0, 0.0]

@@ -15,23 +15,24 @@ from openelm.train.ledger import number
 from openelm.train.objectives import NextToken
 
 
-class Bad:
+class Bad(NextToken):
     """The usual objective, but with another loss at chosen steps; counts from the step it is first asked for."""
 
     def __init__(self, at: dict[int, float], first: int = 1) -> None:
-        self._at, self._step, self._usual = at, first, NextToken()
+        super().__init__()
+        self.__dict__.update(_at=at, _step=first)
 
-    def __call__(self, model: Any, inputs: Any, targets: Any, documents: Any) -> Any:
-        loss, nll = self._usual(model, inputs, targets, documents)
+    def __call__(self, model: Any, rows: Any) -> Any:
+        loss, nll = super().__call__(model, rows)
         factor = self._at.get(self._step, 1.0)
-        self._step += 1
+        self.__dict__["_step"] += 1
         return loss * factor, nll * factor
 
 
 class Weights:
     """A probe that remembers the weights after each step."""
 
-    every = 1
+    every, at_start = 1, False
 
     def __init__(self) -> None:
         self.after: dict[int, str] = {}
@@ -68,13 +69,14 @@ class FiniteLossBadGradient(torch.autograd.Function):
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too(bench: Any, tmp_path: Path) -> None:
-    usual, weights, calls = NextToken(), Weights(), iter(range(1, 99))
+    weights, calls = Weights(), iter(range(1, 99))
 
-    def objective(*arguments: Any) -> Any:
-        loss, nll = usual(*arguments)
-        return (FiniteLossBadGradient.apply(loss) if next(calls) == 5 else loss), nll
+    class Objective(NextToken):
+        def __call__(self, model: Any, rows: Any) -> Any:
+            loss, nll = super().__call__(model, rows)
+            return (FiniteLossBadGradient.apply(loss) if next(calls) == 5 else loss), nll
 
-    bench.train(tmp_path, objective=objective, probes=(weights,))
+    bench.train(tmp_path, objective=Objective(), probes=(weights,))
     (skip,) = bench.events(tmp_path, "skip")
     assert math.isfinite(number(skip["loss"])) and math.isnan(number(skip["gradient_norm"]))
     assert weights.after[5] == weights.after[4]

@@ -1,0 +1,106 @@
+"""`openelm tune`: a trained model and examples to a tuned model, or an adapter, and a page that shows what changed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openelm.cli.screen import Screen
+from openelm.cli.train import find_recipe, publish_average, read_recipe, train_config
+from openelm.config import apply_overrides
+from openelm.errors import ConfigError, printable
+from openelm.release.report import write_report
+from openelm.text.tokenizer import load_tokenizer
+from openelm.train.run import RunConfig
+from openelm.train.work import read_examples
+
+_MODEL, _EXAMPLES = "MODEL", "EXAMPLES"
+"""What stands in shipped recipes where the command line says more."""
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Tune, or go on; publishes the model or adapter, prints where it is."""
+    console, folder = Screen(), Path(arguments.out)
+    if (arguments.recipe is None) == (arguments.method is None):
+        raise ConfigError("give either a recipe or a --method", fix="openelm tune --help shows examples")
+    recipe = find_recipe(arguments.recipe or f"tune-{arguments.method}")
+    values = read_recipe(recipe)
+    if "tune" not in values:
+        raise ConfigError("the recipe does not tune", file=recipe, fix="add [tune] with a base, or use openelm train")
+    values = apply_overrides(with_options(values, arguments), arguments.overrides)
+    check_given(values, recipe)
+    config = RunConfig.parse(with_steps(values, recipe), file=recipe)
+    if not train_config(config, folder, console, allow_change=arguments.allow_change):
+        return 0
+    kind = "model" if config.adapter is None else "adapter"
+    publish_average(folder, 1, folder / kind)
+    page = write_report(folder)
+    console.print(f"\n{kind:<8} {printable(str(folder / kind))}")
+    console.print(f"report   {printable(str(page))}")
+    if kind == "adapter":
+        console.print(
+            f"next     openelm adapter merge {printable(str(folder / kind))} -o {printable(str(folder))}/model"
+        )
+    else:
+        console.print(f"next     openelm chat {printable(str(folder / kind))}")
+    return 0
+
+
+def with_options(recipe: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Put what the command line says into a recipe's values."""
+    values = {**recipe, **{name: dict(recipe.get(name, {})) for name in ("tune", "data", "evaluation", "train")}}
+    if arguments.model:
+        values["tune"]["base"] = arguments.model
+    if arguments.data:
+        values["data"]["sources"] = [_source("examples", arguments.data)]
+    if arguments.held_out:
+        values["tune"]["held_out"] = [_source("held-out examples", arguments.held_out)]
+    if arguments.text:
+        values["held_out"] = [_source("held-out text", arguments.text)]
+    if arguments.suite:
+        values["evaluation"]["suites"] = {**(values["evaluation"].get("suites") or {}), "names": arguments.suite}
+    if arguments.epochs is not None:
+        values["tune"]["epochs"] = arguments.epochs
+        values["train"].pop("steps", None)
+    if arguments.seed is not None:
+        values["train"]["seed"] = arguments.seed
+    if arguments.adapter:
+        values["adapter"] = {**(values.get("adapter") or {}), "kind": arguments.adapter}
+    return values
+
+
+def _source(name: str, paths: Sequence[str]) -> dict[str, Any]:
+    return {"name": name, "paths": list(paths)}
+
+
+def check_given(values: dict[str, Any], recipe: Path) -> None:
+    """Refuse what a shipped recipe leaves open.
+
+    Raises:
+        ConfigError: names the option that fills it in.
+    """
+    if values["tune"].get("base", _MODEL) == _MODEL:
+        raise ConfigError("no model to begin with is given", file=recipe, fix="give its folder with --model")
+    if any(source.get("paths") == [_EXAMPLES] for source in values["data"].get("sources", ())):
+        raise ConfigError("no examples are given", file=recipe, fix="give files with --data")
+
+
+def with_steps(values: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """Turn `tune.epochs` into steps, where the recipe does not give steps; all examples are read for that.
+
+    Raises:
+        ConfigError: there are neither epochs nor steps.
+        DataError: see `read_examples`.
+    """
+    settings = values.get("train", {})
+    if "steps" in settings:
+        return values
+    config = RunConfig.parse({**values, "train": {**settings, "steps": 1}}, file=recipe)
+    if config.tune is None or config.tune.epochs is None:
+        raise ConfigError("there are neither train.steps nor tune.epochs", file=recipe, fix="give one of them")
+    examples = read_examples(config, config.data.open_manifest(), load_tokenizer(Path(config.tune.base)))
+    steps = max(1, math.ceil(config.tune.epochs * len(examples) / config.train.rows))
+    return {**values, "train": {**settings, "steps": steps}}
