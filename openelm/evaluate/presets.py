@@ -1,10 +1,13 @@
-"""The three suites of the OpenELM paper (arXiv:2404.14619): tasks, shots and the metric of each.
+"""The suites of the OpenELM paper (arXiv:2404.14619): tasks, shots and the metric of each.
 
 The average of a suite is the unweighted mean of its columns. Two traps when comparing with other numbers:
 the model card of OpenELM has the labels of the two few-shot tables swapped (its "LLM360" table is `openllm` here
 and in the paper, its "OpenLLM" table is `llm360`), and the average of `llm360` takes the percentage of
 stereotyped sentences on CrowS-Pairs in as if higher were better. Tasks and shots are those of the model card, which
 does not name the metrics: they are the customary ones of both leaderboards.
+
+`commonsense` has the tasks of the paper's section on parameter-efficient fine-tuning. Its models have learned from the
+training splits of these very tasks: no examples stand before a question, and yet they are fine-tuned, not zero-shot.
 """
 
 from __future__ import annotations
@@ -77,6 +80,20 @@ PRESETS: dict[str, Suite] = {
                 TaskSpec("race", 0, "acc", "RACE"),
                 TaskSpec("truthfulqa_mc2", 0, "acc", "TruthfulQA"),
                 TaskSpec("winogrande", 5, "acc", "WinoGrande"),
+            ),
+        ),
+        Suite(
+            "commonsense",
+            "Commonsense (fine-tuned, not zero-shot)",
+            (
+                TaskSpec("arc_challenge", 0, "acc_norm", "ARC-c"),
+                TaskSpec("arc_easy", 0, "acc_norm", "ARC-e"),
+                TaskSpec("boolq", 0, "acc", "BoolQ"),
+                TaskSpec("hellaswag", 0, "acc_norm", "HellaSwag"),
+                TaskSpec("piqa", 0, "acc_norm", "PIQA"),
+                TaskSpec("social_iqa", 0, "acc", "SIQA"),
+                TaskSpec("winogrande", 0, "acc", "WinoGrande"),
+                TaskSpec("openbookqa", 0, "acc_norm", "OBQA"),
             ),
         ),
     )

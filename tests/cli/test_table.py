@@ -12,7 +12,12 @@ from openelm.cli import main
 
 Failed = Callable[..., str]
 CaptureFixture = pytest.CaptureFixture[str]
-TITLES = {"zero-shot": "Zero-shot", "openllm": "OpenLLM leaderboard", "llm360": "LLM360"}
+TITLES = {
+    "zero-shot": "Zero-shot",
+    "openllm": "OpenLLM leaderboard",
+    "llm360": "LLM360",
+    "commonsense": "Commonsense (fine-tuned, not zero-shot)",
+}
 
 
 @pytest.fixture

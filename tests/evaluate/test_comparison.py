@@ -110,6 +110,18 @@ def test_equal_notes_share_a_footnote_and_others_count_on() -> None:
     assert rows == [[1, 2], [2]]
 
 
+def test_a_published_row_that_was_asked_otherwise_has_a_footnote_and_no_metric() -> None:
+    comparison = compare(PRESETS["commonsense"], [])
+    (line,) = comparison.lines
+    assert len(comparison.footnotes) == 1
+    assert {(value.mark, value.metric) for value in (*line.values, line.average) if value} == {(1, None)}
+
+
+@pytest.mark.parametrize("layout", ["text", "md", "html"])
+def test_the_table_of_fine_tuned_models_says_that_they_are(layout: str) -> None:
+    assert FORMATS[layout]([compare(PRESETS["commonsense"], [])]).count("fine-tuned, not zero-shot") == 2
+
+
 def test_an_average_of_a_part_says_so() -> None:
     comparison = compare(SUITE, [result(task("mmlu", 0.25), average=0.25)])
     assert comparison.footnotes == ("mean of 1 of the 5 columns",)
@@ -130,7 +142,7 @@ def test_csv_and_json_hold_the_same_values() -> None:
     lines = list(csv.DictReader(io.StringIO(FORMATS["csv"](comparisons))))
     columns = ("suite", "model", "task", "percent", "half_interval", "note")
     assert {tuple(line[column] for column in columns) for line in lines} == expected
-    assert len(lines) == len(expected) == 8 * (8 + 6 + 9) + 6 + 1
+    assert len(lines) == len(expected) == 8 * (8 + 6 + 9) + 9 + 6 + 1
     assert ("openllm", "mine", "mmlu", "33.3333", "5.0", "a, b") in expected
 
 
