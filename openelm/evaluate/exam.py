@@ -17,6 +17,9 @@ from openelm.evaluate.bootstrap import ratio_interval
 from openelm.evaluate.tasks import LoadedTask, quiet
 from openelm.files.hashes import canonical_json, sha256_bytes
 
+_SEED = 1234
+"""Draws the examples before a question: the harness's own."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -129,6 +132,8 @@ def examine(examinee: LM, tasks: Sequence[LoadedTask], *, limit: int | None = No
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}", fix="use 1 or more questions")
     parts = {name: task for loaded in tasks for name, task in loaded.parts.items()}
+    for task in parts.values():
+        task.set_fewshot_seed(seed=_SEED)  # each time, so that two models see the same examples
     with quiet():
         found = evaluator.evaluate(
             lm=examinee,

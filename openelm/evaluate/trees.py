@@ -127,7 +127,8 @@ class OurScores:
     """
 
     def __init__(self, model: OpenELM, vocab_size: int) -> None:
-        self._model, self.vocab_size, self.context_tokens = model, vocab_size, model.config.max_context_length
+        self._model, self.vocab_size = model, vocab_size
+        self.context_tokens = min(model.config.max_context_length, model.config.rope_max_length)
 
     def states(self, forest: Forest) -> Tensor:
         """Return the final states (R, D)."""
