@@ -1,7 +1,8 @@
-"""Log-likelihoods that were computed once: a file that a killed evaluation goes on from.
+"""Log-likelihoods and texts that were computed once: a file that a killed evaluation goes on from.
 
-An answer is filed under the hash of the model, the prompt's ids and its own. What a changed model, tokenizer, task or
-data set asks has another hash, so that nothing old is ever taken for it.
+An answer is filed under the hash of the model, the prompt's ids and its own, a text under that of the model, the
+prompt's ids and what ends it. What a changed model, tokenizer, task or data set asks has another hash, so that nothing
+old is ever taken for it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Answers:
     """
 
     def __init__(self, path: Path | None, model_sha256: str) -> None:
-        self._model, self._known = model_sha256, dict[Key, Answer]()
+        self._model, self._known, self._texts = model_sha256, dict[Key, Answer](), dict[Key, str]()
         self._path, self._file = path, None
         if path is None:
             return
@@ -50,7 +51,12 @@ class Answers:
         whole = data[: data.rfind(b"\n") + 1]  # a line without an end was being written
         with disk_errors(path):
             self._file.truncate(len(whole))
-        self._known.update(entry for line in whole.splitlines() if (entry := _entry(line)))
+        for line in whole.splitlines():
+            match _entry(line):
+                case (key, Answer() as answer):
+                    self._known[key] = answer
+                case (key, str(text)):
+                    self._texts[key] = text
 
     def __enter__(self) -> Self:
         return self
@@ -65,28 +71,45 @@ class Answers:
         """Name an answer to a prompt."""
         return sha256_bytes(canonical_json([self._model, prompt, answer]))
 
+    def text_key(self, prompt: tuple[int, ...], until: tuple[str, ...], most_tokens: int) -> Key:
+        """Name what is written after a prompt, up to any of some texts or a number of tokens."""
+        return sha256_bytes(canonical_json([self._model, prompt, until, most_tokens]))
+
     def find(self, key: Key) -> Answer | None:
         """Return what is known."""
         return self._known.get(key)
+
+    def find_text(self, key: Key) -> str | None:
+        """Return what was written."""
+        return self._texts.get(key)
 
     def add(self, found: Iterable[tuple[Key, Answer]]) -> None:
         """Keep answers, on the disk too where there is a file."""
         found = list(found)
         self._known.update(found)
+        self._append([[key, answer.nats, answer.is_greedy] for key, answer in found])
+
+    def add_text(self, key: Key, text: str) -> None:
+        """Keep a finished text, on the disk too where there is a file."""
+        self._texts[key] = text
+        self._append([[key, text]])
+
+    def _append(self, entries: list[list[str | float | bool]]) -> None:
         if self._file is None or self._path is None:
             return
-        lines = [canonical_json([key, answer.nats, answer.is_greedy]) + b"\n" for key, answer in found]
         with disk_errors(self._path):
-            self._file.write(b"".join(lines))
+            self._file.write(b"".join(canonical_json(entry) + b"\n" for entry in entries))
             self._file.flush()
 
 
-def _entry(line: bytes) -> tuple[Key, Answer] | None:
+def _entry(line: bytes) -> tuple[Key, Answer | str] | None:
     """Read a line; None for one that a crash of the machine left damaged."""
     try:
         match json.loads(line):
             case [str(key), float(nats), bool(is_greedy)]:
                 return key, Answer(nats, is_greedy)
+            case [str(key), str(text)]:
+                return key, text
     except ValueError:
         pass
     return None

@@ -141,7 +141,7 @@ class Examinee(TemplateLM):
         """Continue texts greedily until one of the task's ends."""
         if self._writes is None:
             raise ConfigError("this task lets the model write", fix="use a model folder of OpenELM")
-        writings, texts = [], list[str]()
+        writings = list[Writing]()
         for request in requests:
             prompt, options = request.args
             until = options.get("until", [])
@@ -156,10 +156,17 @@ class Examinee(TemplateLM):
                 )
             ids = self._encodes.encode(prompt, starts=True)[-room:]
             writings.append(Writing(tuple(ids), tuple([until] if isinstance(until, str) else until), most))
-        for text in self._writes(writings):
-            texts.append(text)
-            self._progress("texts", len(texts), len(writings))
-        return texts
+        return self._written(writings, self._writes)
+
+    def _written(self, writings: Sequence[Writing], writes: Writes) -> list[str]:
+        """Return what is written, in order, of which only that which is not known is."""
+        keys = [self._answers.text_key(writing.ids, writing.until, writing.most_tokens) for writing in writings]
+        new = {key: one for key, one in zip(keys, writings, strict=True) if self._answers.find_text(key) is None}
+        texts = writes(list(new.values())) if new else ()
+        for done, (key, text) in enumerate(zip(new, texts, strict=True), start=1):
+            self._answers.add_text(key, text)
+            self._progress("texts", done, len(new))
+        return [known for key in keys if (known := self._answers.find_text(key)) is not None]
 
     def _fitting(self, prompt: list[int], answer: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Cut the beginning of what is longer than the context, as the harness does."""
