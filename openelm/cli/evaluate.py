@@ -62,10 +62,10 @@ def _tasks(arguments: argparse.Namespace) -> int:
     if arguments.against and suite not in PRESETS:
         raise ConfigError(f"nothing is published of {suite}", fix=f"published: {', '.join(PRESETS)}")
     tasks = load_suite(suite, arguments.data)
-    candidate = open_candidate(Path(arguments.model), choose_device(arguments.device))
-    folder = Path(arguments.out) if arguments.out else default_folder(candidate)
-    options = ExamOptions(arguments.limit, arguments.batch_tokens)
+    options, device = ExamOptions(arguments.limit, arguments.batch_tokens), choose_device(arguments.device)
     with _bar() as bar:
+        candidate = open_candidate(Path(arguments.model), device, bar)
+        folder = Path(arguments.out) if arguments.out else default_folder(candidate)
         exam = run_suite(candidate, suite, tasks, folder, options, bar)
     if arguments.json:
         print(json.dumps(exam.to_json()))
@@ -101,8 +101,8 @@ def compare(arguments: argparse.Namespace) -> int:
     tasks = load_suite(arguments.suite, arguments.data)
     exams = []
     for model in (arguments.first, arguments.second):
-        candidate = open_candidate(Path(model), device)
         with _bar() as bar:
+            candidate = open_candidate(Path(model), device, bar)
             exams.append(run_suite(candidate, arguments.suite, tasks, default_folder(candidate), options, bar))
         del candidate  # before the next one is loaded
     found = differences(*exams)

@@ -12,7 +12,7 @@ import torch
 
 from openelm.errors import ConfigError, DataError
 from openelm.evaluate.foreign import TransformersScores
-from openelm.evaluate.harness import Encodes, Writes, Writing
+from openelm.evaluate.harness import Encodes, Progress, Writes, Writing
 from openelm.evaluate.trees import OurScores, Scores
 from openelm.files.hashes import canonical_json, sha256_bytes, sha256_file
 from openelm.generate.engine import Engine
@@ -24,6 +24,7 @@ from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, load_tokenizer
 
 _SLOTS = 8
+_LARGE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class Candidate:
     writes: Writes | None
 
 
-def open_candidate(folder: Path, device: torch.device | str = "cpu") -> Candidate:
+def open_candidate(
+    folder: Path, device: torch.device | str = "cpu", progress: Progress = lambda what, done, total: None
+) -> Candidate:
     """Open a model folder with its tokenizer.
+
+    Args:
+        progress: told of the bytes that are hashed where a file is large.
 
     Raises:
         ConfigError: transformers is needed and not installed.
@@ -59,7 +65,7 @@ def open_candidate(folder: Path, device: torch.device | str = "cpu") -> Candidat
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"config.json cannot be read: {error}", fix="write the folder again", file=folder) from None
-    sha256 = _sha256(folder)
+    sha256 = _sha256(folder, progress)
     if kind == "openelm":
         model, tokenizer = load_packed(folder, device=device), load_tokenizer(folder)
         scores = OurScores(model, tokenizer.vocab_size)
@@ -87,10 +93,19 @@ def _foreign(folder: Path, sha256: str, device: torch.device | str) -> Candidate
     return Candidate(str(folder), sha256, numerics, scores, TransformersTokenizer(tokenizer), None)
 
 
-def _sha256(folder: Path) -> str:
+def _sha256(folder: Path, progress: Progress) -> str:
     """Hash all files that may decide what a model answers: weights of any format, settings, tokenizers, code."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in (".md", ".html"))
-    return sha256_bytes(canonical_json([[file.name, sha256_file(file)] for file in files]))
+    sizes = [file.stat().st_size for file in files]
+    done, large = 0, max(sizes, default=0) > _LARGE_BYTES
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if large:
+            progress("bytes hashed", done, sum(sizes))
+
+    return sha256_bytes(canonical_json([[file.name, sha256_file(file, read)] for file in files]))
 
 
 class OurTokenizer:

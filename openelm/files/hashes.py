@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,17 +20,22 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a file's content; returns 64 hex digits."""
+def sha256_file(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """Hash a file's content; returns 64 hex digits.
+
+    Args:
+        read: called with the number of bytes of each piece that was read.
+    """
     with path.open("rb") as file:
-        return sha256_stream(file)
+        return sha256_stream(file, read)
 
 
-def sha256_stream(file: BinaryIO) -> str:
-    """Hash what is left of an open file; returns 64 hex digits."""
+def sha256_stream(file: BinaryIO, read: Callable[[int], None] = lambda count: None) -> str:
+    """Hash what is left of an open file; returns 64 hex digits. `read` is called as by `sha256_file`."""
     digest = hashlib.sha256()
     while data := file.read(READ_BYTES):
         digest.update(data)
+        read(len(data))
     return digest.hexdigest()
 
 

@@ -176,6 +176,42 @@ def test_texts_are_continued_until_an_end(model: OpenELM, tokenizer: Tokenizer, 
         examinee.generate_until(asked([("a", {"do_sample": True})]))
 
 
+def test_texts_that_were_written_before_a_stop_are_not_written_again(
+    model: OpenELM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from openelm.evaluate.examinees import OurTokenizer
+    from openelm.evaluate.harness import Examinee, Writing
+
+    written = list[Writing]()
+    stops_after = 3
+
+    def writes(writings: Sequence[Writing]) -> Iterator[str]:
+        for writing in writings:
+            if len(written) == stops_after:
+                raise KeyboardInterrupt
+            written.append(writing)
+            yield f"after {len(writing.ids)} up to {writing.until} or {writing.most_tokens}"
+
+    prompts = [(f"prompt {'x' * number}", {"max_gen_toks": 12, "until": ["."]}) for number in range(6)]
+
+    def texts(requests: list[Any], model_sha256: str = "model") -> list[str]:
+        with Answers(tmp_path / "answers.jsonl", model_sha256) as answers:
+            examinee = Examinee(OurScores(model, 257), OurTokenizer(tokenizer), answers, writes=writes)
+            return examinee.generate_until(asked(requests))
+
+    with pytest.raises(KeyboardInterrupt):
+        texts(prompts)
+    stops_after = 1000
+    expected = [f"after {8 + number} up to ('.',) or 12" for number in range(6)]
+    assert texts([*prompts, prompts[0]]) == [*expected, expected[0]]
+    assert len(written) == 6  # three before the stop, three after it, and none for what was asked twice
+    assert texts(list(reversed(prompts))) == list(reversed(expected)) and len(written) == 6
+    texts([(prompt, options | {"until": ["!"]}) for prompt, options in prompts])
+    texts([(prompt, options | {"max_gen_toks": 13}) for prompt, options in prompts])
+    texts(prompts, "another model, device or dtype")
+    assert len(written) == 4 * 6
+
+
 def test_questions_of_a_file_are_counted_by_hand(model: OpenELM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Accuracy, that by length, the interval's place and bits per byte, from the log-likelihoods themselves."""
     from math import log
@@ -249,8 +285,44 @@ def test_models_that_differ_in_any_file_are_others(tmp_path: Path) -> None:
     hashes = set()
     for number, name in enumerate(("config.json", "pytorch_model.bin", "model.safetensors", "vocab.txt", "README.md")):
         (tmp_path / name).write_bytes(b"%d" % number)
-        hashes.add(_sha256(tmp_path))
+        hashes.add(_sha256(tmp_path, lambda what, done, total: None))
     assert len(hashes) == 4  # a page about the model decides nothing
+
+
+def test_hashing_is_shown_where_a_file_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openelm.evaluate import examinees
+
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    seen = list[tuple[str, int, int]]()
+    plain = examinees._sha256(tmp_path, lambda *told: seen.append(told))
+    assert seen == []
+    monkeypatch.setattr(examinees, "_LARGE_BYTES", 2 << 20)
+    assert examinees._sha256(tmp_path, lambda *told: seen.append(told)) == plain
+    total = 2 + (3 << 20)
+    assert [done for _, done, _ in seen] == [2, *(2 + (count << 20) for count in (1, 2, 3))]
+    assert {told[::2] for told in seen} == {("bytes hashed", total)}
+
+
+def test_two_models_see_the_same_examples(model: OpenELM, tokenizer: Tokenizer) -> None:
+    from openelm.evaluate import tasks
+    from openelm.evaluate.exam import examine
+    from openelm.evaluate.examinees import OurTokenizer
+    from openelm.evaluate.harness import Examinee
+
+    rows = [{"query": f"{number} is", "choices": ["even", "odd"], "gold": number % 2} for number in range(40)]
+    config = tasks.multiple_choice("numbers", rows).parts["numbers"].config.to_dict(keep_callable=True)
+    config |= {"num_fewshot": 3, "fewshot_split": "test"}
+    task = tasks.LoadedTask(
+        tasks.TaskSpec("numbers", 3, "acc", ""), {"numbers": tasks.ConfigurableTask(config=config)}, None
+    )
+    asked_twice = []
+    for _ in range(2):
+        with Answers(None, "model") as answers:
+            examinee = Examinee(OurScores(model, 257), OurTokenizer(tokenizer), answers)
+            (score,) = examine(examinee, [task], limit=4)
+        asked_twice.append([item.sha256 for item in score.items])
+    assert asked_twice[0] == asked_twice[1] and len(set(asked_twice[0])) == 4
 
 
 def test_a_task_is_asked_once_and_by_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
