@@ -9,7 +9,8 @@ from openelm.convert.targets import TARGETS
 CONVERT_EXAMPLE = (
     "openelm convert checkpoint_average.pt --to hf --tokenizer tokenizer.model --rows 32000 -o openelm-270m\n\n"
     "sources: folders of Hugging Face (Apple's release, ours) and MLX (Apple's, mlx-lm's, quantised too),\n"
-    "  .pt files of CoreNet (read without running them; adapters are merged), .gguf files\n\n"
+    "  of Llamas (SmolLM2 and others), .pt files of CoreNet (read without running them; adapters are merged),\n"
+    "  .gguf files\n\n"
     "targets, each a new folder:\n"
     "  hf       config.json and safetensors: transformers, vLLM, and all that this program does\n"
     "  mlx      the same folder, as mlx-lm reads it\n"
