@@ -25,9 +25,13 @@ APART = 1e-3
 FIRST_PIECE = 259  # of the tests' tokenizer; control ids and bytes stand before it
 TOKENS = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(0))
 SHAPES = ("odd", *PUBLISHED)
+WITHOUT_NORMS = "without head norms"
+"""Of queries and keys: llama.cpp has no such OpenELM."""
 
 
 def shaped(size: str) -> ModelConfig:
+    if size == WITHOUT_NORMS:
+        return odd_config(normalize_qk_projections=False)
     return odd_config() if size == "odd" else shallow(size)
 
 
@@ -78,7 +82,7 @@ def check_steps(logits: Callable[..., Tensor], folder: Path) -> None:
     assert torch.equal(ours(folder, text)[:, 7:-1].argmax(-1), text[:, 8:])
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", [*SHAPES, WITHOUT_NORMS])
 def test_onnxruntime(publish: Publish, tmp_path: Path, size: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     config = shaped(size)
@@ -97,7 +101,7 @@ def test_openvino(publish: Publish, tmp_path: Path, size: str) -> None:
     check_steps(steps_of(config, lambda feeds: [np.array(tensor) for tensor in model(feeds).values()]), folder)
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", [*SHAPES, WITHOUT_NORMS])
 def test_mlx_lm(publish: Publish, tmp_path: Path, size: str) -> None:
     mx = pytest.importorskip("mlx.core")
     mlx_lm = pytest.importorskip("mlx_lm")

@@ -28,9 +28,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return rms_norm(x, weight, EPS)
 
 
-def rotation(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+def rotation(qkv: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None) -> Tensor:
     """Three query heads and one key head, one behind the other in the last axis."""
-    half = len(q_weight) // 2
+    half = qkv.shape[-1] // 10
     angles = torch.arange(qkv.shape[1], dtype=torch.float64)[:, None] * 10.0 ** -torch.arange(half)
     tables = angles.cos().float(), angles.sin().float()
     parts = qk_norm_rope(qkv, q_weight, k_weight, *tables, 3, 1, EPS)
@@ -41,6 +41,7 @@ def rotation(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
 CASES: dict[str, tuple[Function, list[tuple[int, ...]]]] = {
     "rms_norm": (norm, [(3, 131, 101), (101,)]),
     "qk_norm_rope": (rotation, [(3, 67, 5 * HEAD_DIM), (HEAD_DIM,), (HEAD_DIM,)]),
+    "rope": (rotation, [(3, 67, 5 * HEAD_DIM)]),
     "swiglu": (swiglu, [(3, 131, 2 * 77)]),
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -98,7 +99,7 @@ def test_a_row_alone_gives_the_same_bits_as_among_others(name: str, dtype: torch
 def test_every_length_of_a_row_is_the_formula(name: str) -> None:
     function, shapes = CASES[name]
     for size in range(1, 70):
-        last = {"rms_norm": size, "qk_norm_rope": 10 * size, "swiglu": 2 * size}[name]
+        last = {"rms_norm": size, "qk_norm_rope": 10 * size, "rope": 10 * size, "swiglu": 2 * size}[name]
         weight = {"rms_norm": size, "qk_norm_rope": 2 * size}.get(name)
         inputs = [numbers(2, 3, last), *(numbers(weight or 0, seed=i) for i in range(1, len(shapes)))]
         exact = values_and_gradients(function, [x.double() for x in inputs])
@@ -187,7 +188,7 @@ def test_gradients_of_any_layout_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_but_the_operands_is_kept_for_the_backward_pass(name: str) -> None:
+def test_nothing_but_the_operands_that_it_needs_is_kept_for_the_backward_pass(name: str) -> None:
     function, inputs = drawn(name, torch.float32)
     leaves = [x.clone().requires_grad_() for x in inputs]
     kept: list[Tensor] = []
@@ -198,8 +199,9 @@ def test_nothing_but_the_operands_is_kept_for_the_backward_pass(name: str) -> No
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function(*leaves)
-    tables = 2 * 67 * HEAD_DIM // 2 if name == "qk_norm_rope" else 0
-    assert sum(tensor.numel() for tensor in kept) == sum(leaf.numel() for leaf in leaves) + tables
+    tables = 67 * HEAD_DIM if name in ("qk_norm_rope", "rope") else 0
+    operands = 0 if name == "rope" else sum(leaf.numel() for leaf in leaves)
+    assert sum(tensor.numel() for tensor in kept) == operands + tables
 
 
 @pytest.mark.parametrize("name", CASES)

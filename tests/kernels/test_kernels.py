@@ -73,6 +73,20 @@ def fast_qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[
     return qk_norm_rope(qkv, q_weight, k_weight, cos, sin, 4, 1, EPS)
 
 
+def plain_rope(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.unflatten(-1, (6, -1)).transpose(1, 2)
+    turn = torch.complex(*rotary_tables(*heads.shape[2:]))
+    result = torch.complex(*heads[:, :5].chunk(2, dim=-1)) * turn
+    turned = torch.cat((result.real, result.imag), dim=-1)
+    return turned[:, :4], turned[:, 4:], heads[:, 5:]
+
+
+def fast_rope(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tables = rotary_tables(qkv.shape[1], qkv.shape[2] // 6)
+    cos, sin = (table.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32) for table in tables)
+    return qk_norm_rope(qkv, None, None, cos, sin, 4, 1, EPS)
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     rows, query_heads, length, head_dim = q.shape
     keys = k.shape[2]
@@ -106,6 +120,7 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., object], list[tuple[
     "swiglu, many rows": (swiglu, plain_swiglu, [(300, 2 * 77)]),
     "qk_norm_rope": (fast_qk_norm_rope, plain_qk_norm_rope, [(2, 5, 6 * 8), (8,), (8,)]),
     "qk_norm_rope, several stretches": (fast_qk_norm_rope, plain_qk_norm_rope, [(3, 23, 6 * 72), (72,), (72,)]),
+    "qk_norm_rope without norms": (fast_rope, plain_rope, [(3, 23, 6 * 72)]),
     "attention": (attention, plain_attention, [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)]),
     "attention, ungrouped": (attention, plain_attention, [(1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)]),
     "attention, one more token": (attention, plain_attention, [(2, 8, 1, 8), (2, 2, 5, 8), (2, 2, 5, 8)]),

@@ -82,8 +82,11 @@ MIXED: tuple[Recompute, ...] = ("none", "full", "selective", "none", "none", "fu
 @pytest.mark.skipif(kernels_name() == "torch", reason="plain torch keeps more than the C++ kernels")
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("recompute", [*get_args(Recompute), MIXED], ids=str)
-def test_activations_are_what_a_real_forward_pass_keeps(documents: bool, recompute: Recompute) -> None:
-    config, rows, length = model_size("5m", vocab_size=300), 2, 128
+@pytest.mark.parametrize("normalises", [True, False])
+def test_activations_are_what_a_real_forward_pass_keeps(
+    documents: bool, recompute: Recompute, normalises: bool
+) -> None:
+    config, rows, length = model_size("5m", vocab_size=300, normalize_qk_projections=normalises), 2, 128
     found = kept_bytes(config, rows, length, recompute, documents)
     work = Work(rows, length, "fp32", "cpu", recompute, documents)
     layers = sum(layer_activation_bytes(config.plan, layer, work) for layer in range(config.plan.layers))

@@ -31,11 +31,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
 
 
+@pytest.mark.parametrize("normalises", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_after_prompts_of_any_length_are_the_full_forward(
-    odd_config: ModelConfig, path: str, dtype: torch.dtype
+    odd_config: ModelConfig, path: str, dtype: torch.dtype, normalises: bool
 ) -> None:
-    model = random_model(odd_config, dtype)
+    model = random_model(odd_config.model_copy(update={"normalize_qk_projections": normalises}), dtype)
     ids = some_ids(model, 3, LENGTH)
     with torch.no_grad():
         full = model(ids).float()

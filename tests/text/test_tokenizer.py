@@ -286,6 +286,32 @@ def test_bos_and_eos_come_from_the_config_beside_the_file(tmp_path: Path) -> Non
     assert (tokenizer.bos_id, tokenizer.eos_id) == (329 + 1, None)
 
 
+@pytest.mark.parametrize(
+    ("says", "starts"), [({}, [0]), ({"add_bos_token": True}, [0]), ({"add_bos_token": False}, [])]
+)
+def test_texts_begin_with_bos_unless_the_config_beside_the_file_says_no(
+    tmp_path: Path, says: dict[str, bool], starts: list[int]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(byte_level_json())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|endoftext|>", **says}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.start_ids) == (0, starts)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").start_ids == starts
+
+
+def test_bytes_that_hardly_any_text_holds_may_have_no_id_and_are_left_out() -> None:
+    description = json.loads(byte_level_json())
+    vocab = description["model"]["vocab"]
+    absent = {"Ć", "ñ"}  # what stands for the bytes 0x06 and 0xF1
+    description["model"]["vocab"] = {letter: number for letter, number in vocab.items() if letter not in absent}
+    tokenizer = HuggingFaceTokenizer(json.dumps(description).encode())
+    assert tokenizer.decode(tokenizer.encode("a\x06b, piñata 🦙")) == "ab, piñata 🦙"
+    del description["model"]["vocab"]["~"]
+    with pytest.raises(DataError, match="1 byte values have no id"):
+        HuggingFaceTokenizer(json.dumps(description).encode())
+
+
 def test_llama_vectors() -> None:
     tokenizer = llama()
     texts = (ASSETS / "llama-32k.vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")[:-1]
