@@ -96,7 +96,7 @@ class Encoder:
                 yield self._text(*own_ids)
 
     def _text(self, prompt: list[int], whole: list[int]) -> _Sequence:
-        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        begin = self.tokenizer.start_ids
         hidden = len(begin) + common_length(prompt, whole)
         ids = [*begin, *whole, end_of_text(self.tokenizer)]
         return _Sequence(ids, [False] * hidden + [True] * (len(ids) - hidden))
@@ -109,7 +109,7 @@ class Encoder:
             for sequence, start in zip(both, starts, strict=True):
                 sequence.learned[prompt:start] = [True] * (start - prompt)
         if self.prompt_tokens is not None and prompt > self.prompt_tokens:
-            kept = self.tokenizer.bos_id is not None
+            kept = int(chosen.ids[0] == self.tokenizer.bos_id)
             for sequence in both:
                 for values in (sequence.ids, sequence.learned):
                     del values[kept : prompt - self.prompt_tokens + kept]

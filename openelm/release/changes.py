@@ -10,6 +10,8 @@ import numpy as np
 from openelm.evaluate.bootstrap import ratio_interval
 from openelm.release.record import Record, SuiteTask
 
+HELD_OUT_TEXT = "held-out text"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -54,7 +56,7 @@ def _text(record: Record) -> Iterator[Change]:
     lines = record.held_out
     if len(lines) > 1 and lines[0].step == 0:
         yield Change(
-            "held-out text", "bits per byte", lines[0].bits_per_byte, lines[-1].bits_per_byte, lines[-1].documents
+            HELD_OUT_TEXT, "bits per byte", lines[0].bits_per_byte, lines[-1].bits_per_byte, lines[-1].documents
         )
 
 

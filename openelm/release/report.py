@@ -17,7 +17,7 @@ from markupsafe import Markup
 from openelm.data.manifest import Shard
 from openelm.files.atomic import write_atomic
 from openelm.release import charts, units
-from openelm.release.changes import changes
+from openelm.release.changes import HELD_OUT_TEXT, Change, changes
 from openelm.release.figures import EVENTS, health_figures, layers_figure, learning_figure, notable
 from openelm.release.record import Corpus, Evaluation, Record, Score, read_run
 from openelm.train.data_lists import LISTS
@@ -135,14 +135,20 @@ def verdict(record: Record) -> str:
 
 def _tuned(record: Record, model: str) -> str:
     """Say what tuning changed, the suites first; of what has no interval it says the numbers only."""
-    found = sorted(changes(record), key=lambda change: change.verdict == "")
+    found = changes(record)
     if not found:
         return f"After {units.plural(record.last_step, 'step')} of tuning, {model} has not been measured again yet."
-    change = found[0]
-    said = f"{change.name} went from {units.significant(change.before, 3)} to {units.significant(change.after, 3)}"
+    first = min(found, key=lambda change: change.verdict == "")  # one with an interval, if there is one
+    texts = [change for change in found if change.name == HELD_OUT_TEXT and change is not first]
+    said = "; ".join(map(_went, [first, *texts]))
+    return f"After {units.plural(record.last_step, 'step')} of tuning, {said}."
+
+
+def _went(change: Change) -> str:
     unit = " %" if change.unit == "%" else f" {change.unit}"
     told = {"": "", "cannot tell": ", which may be chance"}.get(change.verdict, f", which is {change.verdict}")
-    return f"After {units.plural(record.last_step, 'step')} of tuning, {said}{unit}{told}."
+    before, after = units.significant(change.before, 3), units.significant(change.after, 3)
+    return f"{change.name} went from {before} to {after}{unit}{told}"
 
 
 def _interval_over(score: Score) -> str:
