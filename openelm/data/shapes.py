@@ -186,7 +186,8 @@ def _keys(row: Mapping[str, Any]) -> set[str]:
 
 
 def _unknown(row: Mapping[str, Any], shapes: str) -> DataError:
-    keys = ", ".join(repr(key[:40]) for key in list(row)[:12]) or "none"
+    present = [repr(key[:40]) for key, value in row.items() if value is not None]
+    keys = ", ".join(present[:12]) or "none"
     return _bad(f"no known shape; keys present: {keys}; known shapes: {shapes}")
 
 
