@@ -25,7 +25,7 @@ from openelm.errors import ConfigError, DataError
 from openelm.text.tokenizer import Tokenizer
 
 _BATCH_ROWS = 1024
-_IDS = ("id", "prompt_id", "doc_id")
+_IDS = ("id", "doc_id")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def load_examples(
 ) -> Examples:
     """Read and encode all examples, in file order.
 
-    A row is bad, too, that has the `id`, else the `prompt_id`, else the `doc_id` of an earlier row of its source;
+    A row is bad, too, that has the `id`, else the `doc_id`, of an earlier row of its source;
     of a question with choices, if the same file has the same row twice or asks something else under its number.
 
     Args:
