@@ -80,11 +80,13 @@ def adapter_weights(model: OpenELM) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merge_adapter(model: OpenELM) -> None:
+def merge_adapter(model: OpenELM, *, dtype: torch.dtype | None = None) -> None:
     """Add a model's adapter to its matrices, in place: it has plain modules again, which learn, and no adapter.
 
-    The sums are taken in float64 and rounded once, to the dtype of the matrices. Quantised matrices become plain ones,
-    all of them.
+    The sums are taken in float64 and rounded once. Quantised matrices become plain ones, all of them.
+
+    Args:
+        dtype: of all weights afterwards; by default that which each has.
 
     Raises:
         ConfigError: the model has no adapter.
@@ -94,8 +96,8 @@ def merge_adapter(model: OpenELM) -> None:
         raise ConfigError("the model has no adapter", fix="load one with load_adapter")
     for name, module in adapted.items():
         base = module.base_layer
-        dtype = base.scales.dtype if isinstance(base, QuantizedMatrix) else base.weight.dtype
-        model.set_submodule(name, _plain(module.merged_matrix().to(dtype), is_embedding=not _is_linear(module)))
+        own = base.scales.dtype if isinstance(base, QuantizedMatrix) else base.weight.dtype
+        model.set_submodule(name, _plain(module.merged_matrix().to(dtype or own), is_embedding=not _is_linear(module)))
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedMatrix):
             model.set_submodule(
@@ -103,7 +105,7 @@ def merge_adapter(model: OpenELM) -> None:
             )
     model.quantization, model.adapted = None, False
     del model.peft_config
-    model.requires_grad_(True)
+    model.to(dtype).requires_grad_(True)
 
 
 def save_adapter(
@@ -150,10 +152,7 @@ def load_adapter(model: OpenELM, folder: Path) -> AdapterConfig:
             is another one than the adapter's.
         ConfigError: peft is missing, or the model has an adapter.
     """
-    if (folder / MANIFEST).exists():
-        verify_folder(folder, names=(CONFIG, WEIGHTS))
-    found = read_tensors(folder / WEIGHTS)
-    config = read_description(folder, {module_of(name) for name in found})
+    config, found = read_adapter(folder)
     if (expected := expected_base(folder)) is not None and base_sha256(base_weights(model)) != expected:
         what = "the adapter was made for other weights than this model's"
         raise CheckpointError(what, file=folder / ORIGIN, fix=f"load the base that {CONFIG} names")
@@ -162,6 +161,20 @@ def load_adapter(model: OpenELM, folder: Path) -> AdapterConfig:
     for name, tensor in adapter_weights(model).items():
         tensor.copy_(found[name])
     return config
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Read an adapter's folder: what it is, and its weights under peft's names.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or it is an adapter that we cannot hold.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("no such adapter", file=folder, fix=f"give a folder with {CONFIG} and {WEIGHTS}")
+    if (folder / MANIFEST).exists():
+        verify_folder(folder, names=(CONFIG, WEIGHTS))
+    found = read_tensors(folder / WEIGHTS)
+    return read_description(folder, {module_of(name) for name in found}), found
 
 
 def base_weights(model: OpenELM) -> dict[str, Tensor]:

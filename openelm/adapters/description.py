@@ -60,12 +60,7 @@ def read_description(folder: Path, names: Iterable[str]) -> AdapterConfig:
         CheckpointError: it is missing or damaged, or says what AdapterConfig cannot.
     """
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError("missing, or not a JSON object", file=path, fix="give a folder that peft saved") from None
+    values = _object(path)
     if values.get("peft_type") != "LORA":
         raise CheckpointError(f"peft_type is {values.get('peft_type')!r}; LORA can be read", file=path)
     for key, usual in _UNKNOWN.items():
@@ -102,16 +97,25 @@ def base_sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def base_named(folder: Path) -> str:
+    """Read which model an adapter says that it is of: a folder, or a name on the Hugging Face hub."""
+    return str(_object(folder / CONFIG).get("base_model_name_or_path") or "")
+
+
 def expected_base(folder: Path) -> str | None:
     """Read which weights an adapter was made for; None where its folder does not say, as those of peft."""
-    path = folder / ORIGIN
-    if not path.exists():
-        return None
-    try:
-        expected = json.loads(path.read_bytes()).get(BASE)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise CheckpointError("not a JSON object", file=path) from None
+    expected = _object(folder / ORIGIN).get(BASE) if (folder / ORIGIN).exists() else None
     return None if expected is None else str(expected)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError("missing, or not a JSON object", file=path, fix="give a folder that peft saved")
+    return values
 
 
 def module_of(name: str) -> str:

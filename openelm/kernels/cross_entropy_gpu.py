@@ -25,18 +25,26 @@ def available() -> bool:
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype, needs: tuple[bool, bool]
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool],
+    frozen_columns: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return loss_sum, nll_sum and the gradients of loss_sum that are needed; rows without a target count nothing.
 
     Nothing waits for the device: the rows with a target, whose number the host does not know, are not put together.
+    The weight's gradient is that of the columns which are not frozen.
     """
     h, w = hidden.to(dtype), weight.to(dtype)
     chunk_rows = max(1, min(len(h), CHUNK_BYTES // (len(w) * w.itemsize)))
     products = h.new_empty(chunk_rows, len(w))
     losses = h.new_empty(2, len(h), dtype=torch.float32)
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+    learned = weight[:, frozen_columns:]
+    weight_gradient = torch.zeros(learned.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
     for start in range(0, len(h), chunk_rows):
         part = slice(start, min(start + chunk_rows, len(h)))
         logits = products[: part.stop - start]
@@ -45,7 +53,7 @@ def loss_and_gradients(
         if hidden_gradient is not None:
             hidden_gradient[part] = torch.mm(logits, w)
         if weight_gradient is not None:
-            weight_gradient += torch.mm(logits.t(), h[part])
+            weight_gradient += torch.mm(logits.t(), h[part, frozen_columns:])
     nll_sum = losses[0].sum()
     if weight_gradient is not None:
         weight_gradient = weight_gradient.to(weight.dtype)

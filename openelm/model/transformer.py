@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from openelm.errors import ConfigError
 from openelm.kernels.attention import attention
 from openelm.kernels.attention_gpu import Documents, visible_documents
+from openelm.kernels.cross_entropy import AdaptedHead
 from openelm.kernels.linear import keep_operands, linear
 from openelm.kernels.precision import matmul_dtype
 from openelm.kernels.rms_norm import rms_norm
@@ -139,18 +140,14 @@ def _again(function: Callable[..., Tensor], projection: nn.Module, *arguments: A
         if first or keep is None:
             first = False
             return _at_once(function, projection, *arguments)
-        kept: Tensor = keep(function(*arguments))
-        return kept
+        return keep(function(*arguments))  # type: ignore[no-any-return]
 
     return _checkpoint(stage, *arguments, draws=getattr(projection, "draws", False))
 
 
 def _checkpoint(function: Callable[..., Tensor], *arguments: Any, draws: bool) -> Tensor:
-    """Keep the arguments only; the backward pass calls once more, up to the last tensor that it needs.
-
-    Args:
-        draws: whether the function draws at random; then it draws the same again.
-    """
+    """Keep the arguments only; the backward pass calls once more, up to the last tensor that it needs, and what the
+    function draws at random is the same again if we say that it `draws`."""
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
     return result
 
@@ -243,9 +240,8 @@ class OpenELM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix (V, D) that training learns: the embedding itself, unless the config says otherwise.
-
-        Of a quantised or adapted one it is made at each call.
+        """The output matrix (V, D) that training learns: the embedding itself, unless the config says otherwise; a
+        quantised or adapted one is made at each call.
 
         Raises:
             ConfigError: the matrices are quantised and have no adapters; `logits` multiplies by those too.
@@ -257,6 +253,11 @@ class OpenELM(nn.Module):
         matrix: Callable[[], Tensor] | None = getattr(self.head, "whole_matrix", None)
         weight: Tensor = self.head.weight if matrix is None else matrix()
         return weight
+
+    @property
+    def head_parts(self) -> Tensor | AdaptedHead:
+        """What the loss takes for the output matrix: `head_weight`, or an adapted one in parts, which costs less."""
+        return getattr(self.head, "parts", None) or self.head_weight
 
     @property
     def head(self) -> Any:

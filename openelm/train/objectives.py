@@ -62,7 +62,7 @@ class NextToken:
     def __call__(self, model: OpenELM, rows: Rows) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(rows.inputs, documents=rows.visible)
         loss_sum, nll_sum = linear_cross_entropy(
-            hidden.flatten(0, 1), model.head_weight, rows.targets.flatten(), z_loss=self.z_loss
+            hidden.flatten(0, 1), model.head_parts, rows.targets.flatten(), z_loss=self.z_loss
         )
         return loss_sum, nll_sum[None]
 
@@ -117,7 +117,7 @@ def answer_log_likelihoods(model: OpenELM, rows: Rows) -> tuple[Tensor, Tensor]:
     assert rows.examples is not None
     hidden = model.hidden(rows.inputs, documents=rows.visible)
     learned = rows.targets != -100
-    values = linear_log_likelihoods(hidden[learned], model.head_weight, rows.targets[learned])
+    values = linear_log_likelihoods(hidden[learned], model.head_parts, rows.targets[learned])
     count, pairs = rows.examples.shape
     row = torch.arange(count, device=learned.device)[:, None].expand_as(learned)[learned]
     answers = row * (2 * pairs) + rows.documents[learned]
