@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +266,12 @@ def _inject(model: OpenELM, config: AdapterConfig) -> None:
     )
     classes = {Linear: AdaptedLinear, QuantizedLinear: AdaptedLinear}
     settings._register_custom_module({**classes, nn.Embedding: AdaptedEmbedding, QuantizedEmbedding: AdaptedEmbedding})
+    for name in target_names(model, config):
+        module: Any = model.get_submodule(name)
+        is_quantised, is_embedding = isinstance(module, QuantizedMatrix), isinstance(module, QuantizedEmbedding)
+        if is_quantised:  # peft asks for its sides
+            sides = _shape(module) if is_embedding else reversed(_shape(module))
+            module.in_features, module.out_features = sides
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type")  # of quantised modules, for which ours are made
         inject_adapter_in_model(settings, model, NAME)

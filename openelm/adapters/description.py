@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openelm.adapters.config import EMBEDDING, TARGETS, AdapterConfig
+from openelm.adapters.config import TARGETS, AdapterConfig
 from openelm.errors import CheckpointError
 from openelm.files.hashes import canonical_json
 from openelm.model.folder import ORIGIN
@@ -68,6 +68,8 @@ def read_description(folder: Path, names: Iterable[str]) -> AdapterConfig:
             raise CheckpointError(f"{key} is {values[key]!r}; only {usual!r} can be read", file=path)
     parts = [name.split(".") for name in names]
     layers = sorted({int(part[2]) for part in parts if len(part) > 3 and part[2].isdigit()})
+    named = values.get("target_modules")
+    everywhere = isinstance(named, list) and set(named) <= set(TARGETS) and values.get("layers_to_transform") is None
     return AdapterConfig.parse(
         {
             "kind": "dora" if values.get("use_dora") else "lora",
@@ -75,7 +77,7 @@ def read_description(folder: Path, names: Iterable[str]) -> AdapterConfig:
             "alpha": values.get("lora_alpha"),
             "dropout": values.get("lora_dropout", 0.0),
             "targets": tuple(name for name in TARGETS if any(part[-1] == name for part in parts)),
-            "layers": tuple(layers) if any(part[-1] != EMBEDDING for part in parts) else None,
+            "layers": None if everywhere or not layers else tuple(layers),
         },
         file=path,
     )
