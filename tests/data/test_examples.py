@@ -223,7 +223,6 @@ BAD: dict[str, tuple[list[Any], str]] = {  # the last row is bad
     "NUL": ([b'{"prompt": "a", "completion": "\\u0000a"}'], "E_TEXT"),
     "the same id": ([{"id": "a", **CHAT}, {"id": "b", **CHAT}, {"id": "a", **CHAT}], "E_DUPLICATE"),
     "the same number": ([{"id": 0, **CHAT}, {"id": "0", **CHAT}, {"id": 0, **CHAT}], "E_DUPLICATE"),
-    "the same prompt_id": ([{"prompt_id": "a", **PAIR}, {"prompt_id": "a", **PAIR}], "E_DUPLICATE"),
     "the same doc_id": ([{"doc_id": 3, **CHAT}, {"doc_id": 3, **CHAT}], "E_DUPLICATE"),
     "the same choice": ([question(3, 0), question(3, 1), question(3, 0)], "E_DUPLICATE"),
     "another question": ([question(3, 0), question(3, 1, "Question: b?\nAnswer:")], "E_DUPLICATE"),
@@ -329,3 +328,8 @@ def test_the_hash_tells_what_is_learned_and_where_examples_end() -> None:
     ]
     assert len(set(hashes)) == len(hashes)
     assert hashes[0] == made([1, 2, 3, 4], [False, True, False, True], [2, 4])
+
+
+def test_a_prompt_may_have_several_pairs(load: Callable[..., Examples]) -> None:
+    rows = [{"prompt_id": "a", "prompt": "1 ", "chosen": "good", "rejected": bad} for bad in ("bad", "worse")]
+    assert len(load(rows, kind="preferences")) == 2
