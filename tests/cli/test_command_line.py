@@ -28,7 +28,7 @@ VERBS = (
     "chat",
     "serve",
 )
-VERBS += ("convert", "push", "quantize")
+VERBS += ("convert", "push", "quantize", "adapter merge", "adapter mlx")
 VERBS += ("data manifest", "data merge", "data check", "data decontaminate", "data dedup")
 Failed = Callable[..., str]
 
