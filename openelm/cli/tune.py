@@ -10,6 +10,7 @@ from typing import Any
 
 from openelm.cli.screen import Screen
 from openelm.cli.train import find_recipe, publish_average, read_recipe, train_config
+from openelm.cli.tune_options import ADAPTERS
 from openelm.config import apply_overrides
 from openelm.errors import ConfigError, printable
 from openelm.release.report import write_report
@@ -26,7 +27,7 @@ def tune(arguments: argparse.Namespace) -> int:
     console, folder = Screen(), Path(arguments.out)
     if (arguments.recipe is None) == (arguments.method is None):
         raise ConfigError("give either a recipe or a --method", fix="openelm tune --help shows examples")
-    recipe = find_recipe(arguments.recipe or f"tune-{arguments.method}")
+    recipe = find_recipe(arguments.recipe or _of_method(arguments.method, arguments.adapter))
     values = read_recipe(recipe)
     if "tune" not in values:
         raise ConfigError("the recipe does not tune", file=recipe, fix="add [tune] with a base, or use openelm train")
@@ -47,6 +48,13 @@ def tune(arguments: argparse.Namespace) -> int:
     else:
         console.print(f"next     openelm chat {printable(str(folder / kind))}")
     return 0
+
+
+def _of_method(method: str, adapter: str | None) -> str:
+    """Name the shipped recipe of a method; an adapter wants other learning rates than a whole model."""
+    if adapter is None or method in ADAPTERS:
+        return f"tune-{method}"
+    return f"tune-{adapter}" if method == "sft" else "tune-dpo-lora"
 
 
 def with_options(recipe: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openelm.adapters.adapter import add_adapter
+from openelm.errors import ConfigError
 from openelm.model.config import ModelConfig
 from openelm.model.folder import load_model, open_model
 from openelm.model.transformer import OpenELM
@@ -43,7 +44,10 @@ def starting_weights(run: Run, model: OpenELM) -> Iterator[tuple[str, Tensor]]:
     if run.config.tune is None:
         yield from model.initial_weights(torch.Generator().manual_seed(run.config.train.seed))
     elif run.config.adapter is None:
-        _, weights = open_model(Path(run.config.tune.base))
+        base, weights = open_model(Path(run.config.tune.base))
+        if base.quantization is not None:
+            what = f"the base has {base.quantization.bits} bits a number, and cannot be trained as a whole"
+            raise ConfigError(what, fix="train an adapter (--adapter lora), or give the model it was made from")
         for name, weight in weights.items():
             yield name, weight.read().float()
 

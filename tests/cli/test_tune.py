@@ -203,6 +203,36 @@ def test_dpo_starts_at_the_loss_of_a_model_that_is_its_own_reference(tune: Calla
     assert float.fromhex(step["loss"]) == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_an_adapter_is_trained_on_a_quantised_base_which_stays_as_it_is(
+    tune: Callable[..., int], tmp_path: Path, base: Path
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["quantize", str(base), "-o", str(packed), "--bits", "4", "--group", "32"]) == 0
+    before = (packed / "model.safetensors").read_bytes()
+    assert tune("lora", tmp_path / "run", "--model", str(packed)) == 0
+    losses = [float.fromhex(event["loss"]) for event in events(tmp_path / "run", "step")]
+    assert losses[-1] < losses[0]
+    assert (packed / "model.safetensors").read_bytes() == before
+    assert verify_run(tmp_path / "run", level=4, segments=1, seed=0).difference is None
+
+
+def test_the_whole_of_a_quantised_model_is_not_trained(
+    tune: Callable[..., int], tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["quantize", str(base), "-o", str(packed), "--bits", "8", "--group", "32"]) == 0
+    assert tune("sft", tmp_path / "run", "--model", str(packed)) == 2
+    assert "--adapter" in capsys.readouterr().err
+
+
+def test_preferences_are_learned_by_an_adapter_too(tune: Callable[..., int], tmp_path: Path) -> None:
+    assert tune("dpo", tmp_path / "run", "--adapter", "dora", "adapter.rank=2", "schedule.peak=0.01") == 0
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config["use_dora"] is True and config["r"] == 2
+    first, *_, last = events(tmp_path / "run", "examples")
+    assert float.fromhex(last["loss"]) < float.fromhex(first["loss"])
+
+
 def test_epochs_become_steps(tune: Callable[..., int], tmp_path: Path) -> None:
     more = ["--epochs", "1.5", "train.rows=8"]
     assert tune("sft", tmp_path / "run", *more, leave_out="train.steps") == 0
