@@ -85,8 +85,8 @@ def print_run(run: Run, console: Console) -> None:
 def average(arguments: argparse.Namespace) -> int:
     """Average checkpoints and publish the model folder."""
     run, console = Path(arguments.run), Screen()
-    target = Path(arguments.out) if arguments.out else run / "model"
-    read_run_file(run)
+    is_adapter = read_run_file(run)["config"].get("adapter") is not None
+    target = Path(arguments.out) if arguments.out else run / ("adapter" if is_adapter else "model")
     with folder_lock(run):
         steps = publish_average(run, arguments.last, target)
     console.print(f"averaged the checkpoints of steps {', '.join(map(str, steps))} into {printable(str(target))}")
@@ -126,7 +126,7 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
     settings = run.config.train
     with ExitStack() as opened:
         with WorkBar(console, MofNCompleteColumn(), "{what}: {done:,} of {total:,}") as bar:
-            work = Work(run, processes, bar)
+            work = Work(run, processes, bar) if processes.leads else Work(run, processes)
             examples, objective, held_out = work.examples, work.objective, work.held_out
         if examples is not None and processes.leads:
             print_examples(examples, console)

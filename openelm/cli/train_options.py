@@ -32,7 +32,7 @@ def add_training(verbs: Verbs) -> None:
     )
     average.add_argument("run", help="run folder")
     average.add_argument("--last", type=int, default=5, help="checkpoints to average (default: %(default)s)")
-    average.add_argument("--out", help="model folder (default: RUN/model)")
+    average.add_argument("--out", help="model folder (default: RUN/model, or RUN/adapter of a run that trains one)")
     report = verb(verbs, "report", "write a run's report page", "openelm report runs/mine")
     report.add_argument("run", help="run folder, finished or not")
     report.add_argument("--out", help="page to write (default: RUN/report.html)")

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_SOURCES = {"training": "data", "held out": "held_out", "held-out examples": "held_out_examples"}
+"""Rows of the card's table by their keys in run.json."""
+_USE = '```sh\nopenelm generate . --prompt "Once"\nopenelm chat .\n```\n'
+_USE_ADAPTER = "```sh\nopenelm adapter merge . -o MODEL\nopenelm chat MODEL\n```\n"
 _MEAN_OF = "the mean of the checkpoints of steps "
 
 
@@ -28,6 +32,8 @@ def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
     """
     description = json.loads((run / "run.json").read_bytes())
     train, plan = description["config"]["train"], description["plan"]
+    tune = description["config"].get("tune")
+    unit = "examples" if tune else f"× {train['length']} tokens"
     lines = [
         "---\nlibrary_name: openelm-framework\ntags: [openelm, text-generation]\n---\n",
         "# An OpenELM trained with openelm-framework\n",
@@ -35,21 +41,38 @@ def model_card(run: Path, averaged_steps: Sequence[int]) -> str:
         f"{len(plan['query_heads'])} layers of width {plan['dim']}, "
         f"{plan['query_heads'][0]} to {plan['query_heads'][-1]} query heads, "
         f"feed-forward widths {plan['ffn_dims'][0]:,} to {plan['ffn_dims'][-1]:,}, "
-        f"vocabulary {description['tokenizer']['vocab_size']:,}. It continues text; it was not tuned to chat.\n",
+        f"vocabulary {description['tokenizer']['vocab_size']:,}. "
+        + (_tuned(description["config"]) if tune else "It continues text; it was not tuned to chat.\n"),
         "## Training\n",
-        f"{train['steps']:,} steps of {train['rows']} × {train['length']} tokens, seed {description['seed']}, "
-        f"{description['environment']['precision']}; the weights are {_mean_of(averaged_steps)}\n",
+        f"{train['steps']:,} steps of {train['rows']} {unit}, "
+        f"seed {description['seed']}, {description['environment']['precision']}; the weights are "
+        f"{_mean_of(averaged_steps)}\n",
         "| source | files | bytes | SHA-256 of its manifest |\n|---|---:|---:|---|",
-        *(_source_row(name, description[key]) for name, key in (("training", "data"), ("held out", "held_out"))),
+        *(_source_row(name, description[key]) for name, key in _SOURCES.items() if _says(description, key)),
         "",
         *_results(run / "eval" / "final.json"),
         "## Use\n",
-        '```sh\nopenelm generate . --prompt "Once"\nopenelm chat .\n```\n',
+        _USE_ADAPTER if description["config"].get("adapter") else _USE,
         "## Limits\n",
         "A small model trained on little text: fluent fragments, no facts to rely on, and whatever the source texts "
         "say. `manifest.json` has the SHA-256 of every file of this folder.\n",
     ]
     return "\n".join(lines)
+
+
+def _says(description: dict[str, Any], key: str) -> bool:
+    return description.get(key) is not None or key == "held_out"
+
+
+def _tuned(config: dict[str, Any]) -> str:
+    """Say what it was tuned from, to what end, and as what."""
+    tune, adapter = config["tune"], config.get("adapter")
+    preference = tune["preference"]
+    what = "to give the answers of examples" if preference is None else "to prefer the chosen of two answers"
+    how = f" ({preference['loss']}, beta {preference['beta']})" if preference else ""
+    kinds = {"lora": "LoRA", "dora": "DoRA"}
+    whole = f"This folder is a {kinds[adapter['kind']]} adapter of rank {adapter['rank']} for it. " if adapter else ""
+    return f"It was tuned from `{Path(tune['base']).name}` {what}{how}. {whole}\n"
 
 
 def _source_row(name: str, corpus: dict[str, Any] | None) -> str:

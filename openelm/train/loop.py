@@ -214,8 +214,9 @@ class _Trainer:
             "seconds": round(seconds, 6),
             "wait_seconds": round(began - asked, 6),
             "tokens_per_second": round(tokens / seconds, 2),
-            "mfu": round(tokens * self.flops_per_token / seconds / self.matmul_flops, 4),
         }
+        if self.run.config.tune is None:  # what is not learned, and what an adapter saves, has other costs
+            speed["mfu"] = round(tokens * self.flops_per_token / seconds / self.matmul_flops, 4)
         for event in events:
             self._record({**event, **speed} if event["event"] == "step" else event)
         if error is not None:

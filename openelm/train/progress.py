@@ -77,14 +77,15 @@ class ProgressDisplay:
             "step": f"{values['step']:.0f}/{self._steps}",
             "tokens": f"{values['tokens']:,.0f}",
             "loss": f"{values['loss']:.3f}",
-            "bits/byte": f"{values['bits_per_byte']:.3f}",
-            "tokens/s": f"{values['tokens_per_second']:,.0f}",
-            "MFU": f"{values['mfu']:.0%}",
-            "left": f"{int(left) // 60}:{int(left) % 60:02d}",
         }
         if "preference_accuracy" in values:
-            del cells["bits/byte"]
             cells["preferred"] = f"{values['preference_accuracy']:.0%}"
+        else:
+            cells["bits/byte"] = f"{values['bits_per_byte']:.3f}"
+        cells["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
+        if "mfu" in values:
+            cells["MFU"] = f"{values['mfu']:.0%}"
+        cells["left"] = f"{int(left) // 60}:{int(left) % 60:02d}"
         if self._held_out is not None:
             cells["held-out"] = f"{self._held_out:.3f}"
         return cells
@@ -125,20 +126,21 @@ _NOTICES = {
 
 
 def step_numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """Turn a step event into plain numbers, with bits per byte of the batch among them."""
+    """Turn a step event into plain numbers, with bits per byte of a batch of text among them."""
     loss = number(event["loss"])
-    target_bytes = max(1, event["target_bytes"])
-    return {
+    numbers = {
         "step": event["step"],
         "tokens": event["tokens"],
         "loss": loss,
-        "bits_per_byte": loss * event["target_tokens"] / math.log(2) / target_bytes,
         "gradient_norm": number(event["gradient_norm"]),
         "learning_rate": number(event["learning_rate"]),
         "tokens_per_second": event["tokens_per_second"],
-        "mfu": event["mfu"],
-        **{name: number(event[name]) for name in STATISTICS if name in event},
+        **{name: number(event[name]) for name in ("mfu", *STATISTICS) if name in event},
     }
+    if "preference_accuracy" not in event:  # a pair's loss is no text's
+        bits = loss * event["target_tokens"] / math.log(2)
+        numbers["bits_per_byte"] = bits / max(1, event["target_bytes"])
+    return numbers
 
 
 def answered(event: Mapping[str, Any]) -> str:
