@@ -240,7 +240,7 @@ def softmax_loss(
     if runs_native(logits, nll):
         rows, columns = logits.shape
         is_bf16 = logits.dtype == torch.bfloat16
-        call("softmax_loss", rows, columns, logits, is_bf16, targets, z_loss, nll, log_sums, scales, gradients)
+        call("softmax_loss", rows, columns, logits, is_bf16, targets, float(z_loss), nll, log_sums, scales, gradients)
         return
     wide = logits.to(nll.dtype)
     column = targets[:, None]

@@ -188,6 +188,14 @@ def test_a_target_outside_the_vocabulary_is_an_error_and_writes_nowhere(wrong: i
         run(hidden, weight, torch.tensor([1, wrong, 2]), Z_LOSS)
 
 
+def test_a_whole_number_as_z_loss_is_the_number() -> None:
+    hidden, weight = numbers(3, 4, dtype=torch.float32), numbers(9, 4, seed=1, dtype=torch.float32)
+    for whole in (0, 1):
+        found = run(hidden, weight, torch.tensor([1, 0, 2]), whole)
+        for mine, wanted in zip(found, run(hidden, weight, torch.tensor([1, 0, 2]), float(whole)), strict=True):
+            assert torch.equal(mine, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_targets_of_any_layout_and_kind_give_the_same(dtype: torch.dtype) -> None:
     hidden, weight = numbers(6, 4, dtype=dtype), numbers(9, 4, seed=1, dtype=dtype)
