@@ -23,9 +23,9 @@ class ExampleStream:
     """Yield batches without end; each epoch has a new order, a pure function of seed and epoch.
 
     Batch t holds the next `rows` examples; where an epoch ends inside a batch, the next one goes on there. They are
-    packed whole into rows of tokens: the largest first, each into the first row with room for it. A sequence of n
-    tokens takes n - 1 positions, and both sequences of a preference lie side by side. What is left of a row is
-    padding: input 0, no target, a document of its own; columns of padding alone are left out.
+    packed whole into rows of tokens, no more rows than `pack` needs (and `multiple` asks for), each as short as their
+    number allows. A sequence of n tokens takes n - 1 positions, and both sequences of a preference lie side by side.
+    What is left of a row is padding: input 0, no target, a document of its own; columns of padding alone are left out.
 
     So the rows of tokens of a batch differ in number and length from batch to batch.
 
@@ -85,8 +85,7 @@ class ExampleStream:
 
     def __next__(self) -> Batch:
         chosen = self._next_examples()
-        packed = pack(self._examples.sizes[chosen].tolist(), self._length)
-        packed += [[] for _ in range(-len(packed) % self._multiple)]
+        packed = pack_evenly(self._examples.sizes[chosen].tolist(), self._length, self._multiple)
         width = max(sum(self._examples.sizes[chosen[row]].tolist()) for row in packed)
         most = max(map(len, packed))
         own = packed[self._part[0] :: self._part[1]]
@@ -136,6 +135,24 @@ class ExampleStream:
         """Count the rows that gave no example: source -> reason -> rows; the first part does, for all of them."""
         drops = {} if self._part[0] else self._examples.drops
         return {source: dict(reasons) for source, reasons in drops.items()}
+
+
+def pack_evenly(sizes: Sequence[int], length: int, multiple: int = 1) -> list[list[int]]:
+    """Put items into as many rows as `pack` does, brought to a multiple, that are as short as a search finds.
+
+    All rows of a batch are as wide as its longest one: two full rows and a scrap would be computed as three full ones.
+    """
+    count = len(pack(sizes, length))
+    count += -count % multiple
+    least, best = max(*sizes, -(-sum(sizes) // count)), length
+    while least < best:
+        middle = (least + best) // 2
+        if len(pack(sizes, middle)) <= count:
+            best = middle
+        else:
+            least = middle + 1
+    rows = pack(sizes, best)
+    return rows + [[] for _ in range(count - len(rows))]
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
