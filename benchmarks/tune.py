@@ -1,10 +1,10 @@
 """Time an update of `openelm tune` beside trl's SFTTrainer: python -m benchmarks.tune MODEL --data FILE [--json].
 
-Each side is a process of its own and learns the same examples, the same number of them a step, with the shipped recipe's
-adapter and optimizer; they step in turns. trl gets our ids, and several settings (padded or joined without padding, so
-many examples a forward pass), of which the fastest of two steps takes part. Speeds count input tokens of examples, not
-padding. `ratio` is the median over turns of our tokens a second over trl's; peaks are the most memory that each
-process held.
+Each side is a process of its own and learns the same examples, the same number of them a step, with the adapter and
+the optimizer of the shipped recipe; they step in turns. trl gets our ids, and several settings (padded, or joined
+without padding; so many examples a forward pass), of which the fastest takes part. Speeds count input tokens of
+examples, not padding. `ratio` is the median over turns of our tokens a second over trl's; peaks are the most memory
+that each process held.
 """
 
 from __future__ import annotations

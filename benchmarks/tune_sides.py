@@ -1,4 +1,4 @@
-"""One side of `benchmarks.tune`, in a process of its own: python -m benchmarks.tune_sides SIDE FOLDER PRECISION THREADS.
+"""One side of `benchmarks.tune` in a process: python -m benchmarks.tune_sides SIDE FOLDER PRECISION THREADS.
 
 SIDE is `ours` or `trl-KIND-ROWS`: trl's SFTTrainer with so many examples a forward pass, `padded` to the longest of
 them, or `flat`, joined to one row whose examples do not see each other. Answers each word of standard input, `step` or

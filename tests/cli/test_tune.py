@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,7 +143,9 @@ def test_a_forged_loss_of_a_tuned_run_is_found(tune: Callable[..., int], tmp_pat
     description = json.loads((tmp_path / "run/run.json").read_text())
     assert description["config"]["schedule"]["peak"] == 0.002
     lines = (tmp_path / "run/ledger.jsonl").read_text()
-    (tmp_path / "run/ledger.jsonl").write_text(lines.replace('"preference_margin": "0x0', '"preference_margin": "0x1'))
+    forged = re.sub(r'("preference_margin": ")[^"]+', r"\g<1>0x1.8p+1", lines, count=1)
+    assert forged != lines
+    (tmp_path / "run/ledger.jsonl").write_text(forged)
     assert verify_run(tmp_path / "run", level=0, segments=0, seed=0).difference is not None
 
 
