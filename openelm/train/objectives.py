@@ -96,11 +96,8 @@ class Preference:
         there = rows.examples >= 0
         reference = self.reference.to(own.device, own.dtype)[rows.examples[there]]  # (pairs, 2)
         ratios = own[there] - reference
-        if self.loss == "ipo":
-            ratios = ratios / lengths[there]
-        preferred = ratios[:, 0] - ratios[:, 1]
-        losses = self._losses(preferred)
-        margins = self.beta * preferred.detach()
+        losses = self._losses(_difference(ratios / lengths[there] if self.loss == "ipo" else ratios))
+        margins = self.beta * _difference(ratios.detach())
         sums = torch.stack([losses.detach().sum(), (margins > 0).to(margins.dtype).sum(), margins.sum()])
         return losses.sum(), sums
 
@@ -110,6 +107,10 @@ class Preference:
         if self.loss == "hinge":
             return torch.relu(1 - self.beta * preferred)
         return (preferred - 1 / (2 * self.beta)).square()
+
+
+def _difference(ratios: Tensor) -> Tensor:
+    return ratios[:, 0] - ratios[:, 1]
 
 
 def answer_log_likelihoods(model: OpenELM, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -200,6 +200,29 @@ def test_everything_is_measured_before_and_after(tune: Callable[..., int], tmp_p
     assert "Before and after" in page and "chosen answer preferred" in page
 
 
+def test_a_suite_is_answered_before_meanwhile_and_after_as_openelm_eval_answers_it(
+    tune: Callable[..., int], tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    questions = tmp_path / "questions.jsonl"
+    rows = ({"query": f"{n} is ", "choices": [f"number {n}", f"no {n + 1}"], "gold": 0} for n in range(20))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = f"choices:{questions}"
+    more = ["--suite", suite, "evaluation.suites.every=4", "evaluation.suites.limit=12"]
+    assert tune("dpo", tmp_path / "run", *more) == 0
+    found = events(tmp_path / "run", "suite")
+    assert [(event["step"], event["suite"]) for event in found] == [(step, suite) for step in (0, 4, 6)]
+    for event, folder in ((found[0], base), (found[2], tmp_path / "run/model")):
+        capsys.readouterr()
+        asked = ["--suite", suite, "--limit", "12", "--json", "--device", "cpu", "--out", str(tmp_path / folder.name)]
+        assert main(["eval", str(folder), *asked]) == 0
+        (task,) = json.loads(capsys.readouterr().out)["tasks"]
+        (recorded,) = event["tasks"]
+        assert float.fromhex(recorded["value"]) == task["value"] and len(recorded["values"]) == task["n"] == 12
+        assert recorded["questions_sha256"] == task["questions_sha256"]
+    assert "questions (acc" in (tmp_path / "run/report.html").read_text()
+
+
 def test_dpo_starts_at_the_loss_of_a_model_that_is_its_own_reference(tune: Callable[..., int], tmp_path: Path) -> None:
     assert tune("dpo", tmp_path / "run", "train.steps=1") == 0
     (step,) = events(tmp_path / "run", "step")

@@ -261,9 +261,8 @@ def test_learning_preferences_is_that_of_trl(
         trainer._metrics["train"][f"rewards/{name}"] for name in ("accuracies", "margins")
     )
     assert 0 < their_accuracy < 1, "some pairs of each kind"
-    if loss != "ipo":  # whose margins are the loss's own here, a token's mean; trl reports those of sums
-        assert accuracy == their_accuracy
-        assert margin == pytest.approx(their_margin, rel=1e-5)
+    assert accuracy == their_accuracy
+    assert margin == pytest.approx(their_margin, rel=1e-5)
 
 
 def with_adapter(folder: Path, config: AdapterConfig, out: Path) -> OpenELM:

@@ -75,9 +75,10 @@ def expected(model: OpenELM, reference: OpenELM, loss: PreferenceLoss, beta: flo
         for prompt, answer in pair:
             with torch.no_grad():
                 there = alone(reference, prompt, answer)
-            ratios.append((alone(model, prompt, answer) - there) / (len(answer) if loss == "ipo" else 1))
-        preferred = ratios[0] - ratios[1]
-        margins.append(beta * preferred.detach())
+            ratios.append(alone(model, prompt, answer) - there)
+        margins.append(beta * (ratios[0] - ratios[1]).detach())
+        lengths = [len(answer) if loss == "ipo" else 1 for _, answer in pair]
+        preferred = ratios[0] / lengths[0] - ratios[1] / lengths[1]
         if loss == "sigmoid":
             total = total + torch.log1p(torch.exp(-beta * preferred))
         elif loss == "hinge":
