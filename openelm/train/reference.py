@@ -33,8 +33,8 @@ def reference_log_likelihoods(
 ) -> Tensor:
     """Return the base model's log-likelihoods in nats (pairs, 2), from a file where they are there already.
 
-    They depend on the base, the pairs, the length of rows and the precision alone, so that a run that goes on, and a
-    stranger who repeats it, takes the same numbers. Processes share the work.
+    They depend on the base, the pairs, the length of rows and the precision alone, so that a run that goes on, at any
+    number of processes, and a stranger who repeats it, take the same numbers. Processes share the work.
 
     Args:
         path: the file that keeps them; None: they are computed, and kept nowhere.
@@ -62,17 +62,13 @@ def _computed(run: Run, examples: Examples, processes: Processes, told: Told) ->
     dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
     table = torch.zeros(len(examples), 2)
     done = torch.zeros(len(examples), dtype=torch.bool)
-    stream = ExampleStream(
-        examples,
-        seed=0,
-        rows=_PAIRS_AT_ONCE,
-        length=run.config.train.length,
-        part=(processes.rank, processes.count),
-        multiple=processes.count,
-    )
+    stream = ExampleStream(examples, seed=0, rows=_PAIRS_AT_ONCE, length=run.config.train.length)
     for count in range(-(-len(examples) // _PAIRS_AT_ONCE)):
         batch = next(stream)
         assert batch.examples is not None
+        if count % processes.count != processes.rank:  # whole batches are shared: rows would depend on the count
+            done[batch.examples[batch.examples >= 0]] = True
+            continue
         documents = torch.from_numpy(batch.documents)
         rows = Rows(
             torch.from_numpy(batch.inputs).to(run.device),

@@ -15,6 +15,7 @@ from openelm.cli import main
 VERBS = (
     "demo",
     "train",
+    "tune",
     "average",
     "report",
     "verify",
