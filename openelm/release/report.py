@@ -138,7 +138,7 @@ def _tuned(record: Record, model: str) -> str:
     found = changes(record)
     if not found:
         return f"After {units.plural(record.last_step, 'step')} of tuning, {model} has not been measured again yet."
-    first = min(found, key=lambda change: change.verdict == "")  # one with an interval, if there is one
+    first = min(found, key=lambda change: (change.verdict == "", not change.more_is_better))
     texts = [change for change in found if change.name == HELD_OUT_TEXT and change is not first]
     said = "; ".join(map(_went, [first, *texts]))
     return f"After {units.plural(record.last_step, 'step')} of tuning, {said}."
@@ -147,7 +147,8 @@ def _tuned(record: Record, model: str) -> str:
 def _went(change: Change) -> str:
     unit = " %" if change.unit == "%" else f" {change.unit}"
     told = {"": "", "cannot tell": ", which may be chance"}.get(change.verdict, f", which is {change.verdict}")
-    before, after = units.significant(change.before, 3), units.significant(change.after, 3)
+    digits = 3 if change.unit == "%" else 4
+    before, after = units.significant(change.before, digits), units.significant(change.after, digits)
     return f"{change.name} went from {before} to {after}{unit}{told}"
 
 
