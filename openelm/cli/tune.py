@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openelm.cli.screen import Screen
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
+
+from openelm.cli.screen import Screen, WorkBar
 from openelm.cli.train import find_recipe, publish_average, read_recipe, train_config
 from openelm.cli.tune_options import ADAPTERS
 from openelm.config import apply_overrides
@@ -33,7 +37,7 @@ def tune(arguments: argparse.Namespace) -> int:
         raise ConfigError("the recipe does not tune", file=recipe, fix="add [tune] with a base, or use openelm train")
     values = apply_overrides(with_options(values, arguments), arguments.overrides)
     check_given(values, recipe)
-    config = RunConfig.parse(with_steps(values, recipe), file=recipe)
+    config = RunConfig.parse(with_steps(values, recipe, console), file=recipe)
     if not train_config(config, folder, console, allow_change=arguments.allow_change):
         return 0
     kind = "model" if config.adapter is None else "adapter"
@@ -96,7 +100,7 @@ def check_given(values: dict[str, Any], recipe: Path) -> None:
         raise ConfigError("no examples are given", file=recipe, fix="give files with --data")
 
 
-def with_steps(values: dict[str, Any], recipe: Path) -> dict[str, Any]:
+def with_steps(values: dict[str, Any], recipe: Path, console: Console) -> dict[str, Any]:
     """Turn `tune.epochs` into steps, where the recipe does not give steps; all examples are read for that.
 
     Raises:
@@ -109,6 +113,9 @@ def with_steps(values: dict[str, Any], recipe: Path) -> dict[str, Any]:
     config = RunConfig.parse({**values, "train": {**settings, "steps": 1}}, file=recipe)
     if config.tune is None or config.tune.epochs is None:
         raise ConfigError("there are neither train.steps nor tune.epochs", file=recipe, fix="give one of them")
-    examples = read_examples(config, config.data.open_manifest(), load_tokenizer(Path(config.tune.base)))
+    tokenizer = load_tokenizer(Path(config.tune.base))
+    with WorkBar(console, MofNCompleteColumn(), "{what}: {done:,} of {total:,}") as bar:
+        told = functools.partial(bar, "counting examples")
+        examples = read_examples(config, config.data.open_manifest(), tokenizer, told)
     steps = max(1, math.ceil(config.tune.epochs * len(examples) / config.train.rows))
     return {**values, "train": {**settings, "steps": steps}}
