@@ -17,6 +17,7 @@ from openelm.cli.train import find_recipe, publish_average, read_recipe, train_c
 from openelm.cli.tune_options import ADAPTERS
 from openelm.config import apply_overrides
 from openelm.errors import ConfigError, printable
+from openelm.model.config import ModelConfig
 from openelm.release.report import write_report
 from openelm.text.tokenizer import load_tokenizer
 from openelm.train.run import RunConfig
@@ -37,6 +38,8 @@ def tune(arguments: argparse.Namespace) -> int:
         raise ConfigError("the recipe does not tune", file=recipe, fix="add [tune] with a base, or use openelm train")
     values = apply_overrides(with_options(values, arguments), arguments.overrides)
     check_given(values, recipe)
+    if not any(word.startswith("train.length=") for word in arguments.overrides):
+        values = within_context(values)
     config = RunConfig.parse(with_steps(values, recipe, console), file=recipe)
     if not train_config(config, folder, console, allow_change=arguments.allow_change):
         return 0
@@ -98,6 +101,13 @@ def check_given(values: dict[str, Any], recipe: Path) -> None:
         raise ConfigError("no model to begin with is given", file=recipe, fix="give its folder with --model")
     if any(source.get("paths") == [_EXAMPLES] for source in values["data"].get("sources", ())):
         raise ConfigError("no examples are given", file=recipe, fix="give files with --data")
+
+
+def within_context(values: dict[str, Any]) -> dict[str, Any]:
+    """Shorten a recipe's rows to the context of the base, if that is shorter."""
+    context = ModelConfig.from_file(Path(values["tune"]["base"]) / "config.json").max_context_length
+    length = min(values["train"].get("length", context), context)
+    return {**values, "train": {**values["train"], "length": length}}
 
 
 def with_steps(values: dict[str, Any], recipe: Path, console: Console) -> dict[str, Any]:

@@ -267,6 +267,16 @@ def test_epochs_become_steps(tune: Callable[..., int], tmp_path: Path) -> None:
     assert config["tune"]["epochs"] == 1.5
 
 
+def test_a_recipes_rows_are_as_short_as_the_context_of_the_base_asks_for(
+    tune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("sft", tmp_path / "run", leave_out="train.length") == 0
+    config = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert config["train"]["length"] == 128
+    assert tune("sft", tmp_path / "asked", "train.length=256") == 2
+    assert "128" in capsys.readouterr().err
+
+
 def test_bad_rows_stop_the_run_or_are_counted_in_its_ledger(
     tune: Callable[..., int], tmp_path: Path, examples: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
