@@ -164,8 +164,9 @@ def print_examples(examples: Examples, console: Console) -> None:
 def publish_average(run: Path, last: int, target: Path) -> list[int]:
     """Average a run's last checkpoints into a model folder; returns the steps averaged."""
     description = read_run_file(run)
-    weights, steps = average_checkpoints(run, last)
     config = RunConfig.parse(description["config"], file=run / "run.json")
+    check_spares_base(config, target)
+    weights, steps = average_checkpoints(run, last)
     origin = {"averaged_steps": steps, "ledger_head": ledger_head(run / "ledger.jsonl")}
     card = model_card(run, steps)
     model = model_of_checkpoint(config, ModelConfig.parse(description["model"], file=run / "run.json"), weights)
@@ -183,6 +184,17 @@ def publish_average(run: Path, last: int, target: Path) -> list[int]:
         replace=True,
     )
     return steps
+
+
+def check_spares_base(config: RunConfig, target: Path) -> None:
+    """Refuse to write a tuned model over the one that it began with.
+
+    Raises:
+        ConfigError: the base is the target folder, or in it.
+    """
+    if config.tune is not None and Path(config.tune.base).resolve().is_relative_to(target.resolve()):
+        what = f"the tuned model would take the place of its base {config.tune.base}"
+        raise ConfigError(what, file=target, fix="choose another --out")
 
 
 def learned_chats(run: Path) -> bool:

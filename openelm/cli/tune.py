@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from openelm.cli.screen import Screen, WorkBar
-from openelm.cli.train import find_recipe, publish_average, read_recipe, train_config
+from openelm.cli.train import check_spares_base, find_recipe, publish_average, read_recipe, train_config
 from openelm.cli.tune_options import ADAPTERS
 from openelm.config import apply_overrides
 from openelm.errors import ConfigError, printable
@@ -41,9 +41,10 @@ def tune(arguments: argparse.Namespace) -> int:
     if not any(word.startswith("train.length=") for word in arguments.overrides):
         values = within_context(values)
     config = RunConfig.parse(with_steps(values, recipe, console), file=recipe)
+    kind = "model" if config.adapter is None else "adapter"
+    check_spares_base(config, folder / kind)
     if not train_config(config, folder, console, allow_change=arguments.allow_change):
         return 0
-    kind = "model" if config.adapter is None else "adapter"
     publish_average(folder, 1, folder / kind)
     page = write_report(folder)
     console.print(f"\n{kind:<8} {printable(str(folder / kind))}")

@@ -165,6 +165,20 @@ def test_another_base_under_the_same_name_is_refused(
     assert "base_sha256" in capsys.readouterr().err
 
 
+def test_a_base_in_the_place_of_the_tuned_model_is_not_overwritten(
+    tune: Callable[..., int], tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "run/model"
+    shutil.copytree(base, own)
+    before = (own / "model.safetensors").read_bytes()
+    assert tune("sft", tmp_path / "run", "--model", str(own)) == 2
+    assert "take the place of its base" in capsys.readouterr().err
+    assert (own / "model.safetensors").read_bytes() == before and not (tmp_path / "run/run.json").exists()
+    assert tune("lora", tmp_path / "other", "--model", str(own), "train.steps=2") == 0
+    assert main(["average", str(tmp_path / "other"), "--last", "1", "--out", str(tmp_path / "run")]) == 2
+    assert (own / "model.safetensors").read_bytes() == before
+
+
 def test_an_adapters_checkpoint_holds_nothing_of_the_base(tune: Callable[..., int], tmp_path: Path) -> None:
     assert tune("lora", tmp_path / "run") == 0
     names = load_checkpoint(tmp_path / "run", 6).weights.keys()
