@@ -28,7 +28,7 @@ from openelm.adapters.description import (
 from openelm.errors import CheckpointError, ConfigError
 from openelm.files.atomic import write_atomic
 from openelm.files.published import MANIFEST, publish_folder, verify_folder
-from openelm.model.folder import ORIGIN, read_tensors, write_json, write_tensors
+from openelm.model.folder import GENERATION, ORIGIN, read_tensors, write_json, write_tensors
 from openelm.model.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from openelm.model.transformer import Linear, OpenELM
 from openelm.model.weights import check_shapes, in_memory
@@ -79,6 +79,12 @@ def adapter_weights(model: OpenELM) -> dict[str, Tensor]:
     return found
 
 
+def published_name(name: str) -> str:
+    """Return peft's name in a file for a parameter of an adapter, as `adapter_weights` has it."""
+    short = PREFIX + name.replace(".default", "")
+    return short.removesuffix(".weight") if short.endswith("lora_magnitude_vector.weight") else short
+
+
 @torch.no_grad()
 def merge_adapter(model: OpenELM, *, dtype: torch.dtype | None = None) -> None:
     """Add a model's adapter to its matrices, in place: it has plain modules again, which learn, and no adapter.
@@ -114,6 +120,7 @@ def save_adapter(
     config: AdapterConfig,
     *,
     base: Path,
+    chat_tuned: bool = False,
     card: str = "",
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
@@ -123,6 +130,7 @@ def save_adapter(
     Args:
         config: what the adapter was made with.
         base: the model folder that it stands on; its name goes into the folder as it is given.
+        chat_tuned: the adapter learned the chat format; a model that it is merged into is published as one that did.
         card: the text of README.md; by default a few lines.
         origin: plain data for origin.json, which holds the hash of the base's weights too.
 
@@ -138,6 +146,8 @@ def save_adapter(
         write_tensors(temporary / WEIGHTS, weights)
         write_json(temporary / CONFIG, described(config, str(base), _adapted(model)))
         write_json(temporary / ORIGIN, {**(origin or {}), BASE: base_sha256(base_weights(model))})
+        if chat_tuned:
+            write_json(temporary / GENERATION, {"chat_tuned": True})
         write_atomic(temporary / "README.md", (card or short_card(config, str(base))).encode())
 
 

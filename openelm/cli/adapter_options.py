@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_MERGE_EXAMPLE = "openelm adapter merge runs/tuned/adapter -o runs/tuned/model"
+_MERGE_EXAMPLE = "openelm adapter merge runs/tuned/adapter -o runs/tuned/merged"
 _MLX_EXAMPLE = "openelm adapter mlx runs/tuned/adapter -o runs/tuned/mlx-adapter"
 
 

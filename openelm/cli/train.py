@@ -36,6 +36,7 @@ from openelm.train.loop import Batches, Observer, train
 from openelm.train.progress import ProgressDisplay, TensorBoard
 from openelm.train.run import Run, RunConfig, open_run
 from openelm.train.start import model_of_checkpoint
+from openelm.train.tuning import base_sha256
 from openelm.train.work import Work
 
 
@@ -104,7 +105,7 @@ def report(arguments: argparse.Namespace) -> int:
 def find_recipe(name: str) -> Path:
     """Return a recipe file: the path itself, or the shipped recipe of that name."""
     shipped = Path(str(files("openelm") / "recipes"))
-    if Path(name).exists() or name.endswith((".toml", ".json")):
+    if Path(name).is_file() or name.endswith((".toml", ".json")):
         return Path(name)
     if (shipped / f"{name}.toml").exists():
         return shipped / f"{name}.toml"
@@ -170,19 +171,16 @@ def publish_average(run: Path, last: int, target: Path) -> list[int]:
     origin = {"averaged_steps": steps, "ledger_head": ledger_head(run / "ledger.jsonl")}
     card = model_card(run, steps)
     model = model_of_checkpoint(config, ModelConfig.parse(description["model"], file=run / "run.json"), weights)
+    chat_tuned = config.tune is not None and (is_chat_tuned(Path(config.tune.base)) or learned_chats(run))
+    described: dict[str, Any] = {"chat_tuned": chat_tuned, "card": card, "origin": origin, "replace": True}
     if config.tune is not None and config.adapter is not None:
         base = Path(config.tune.base)
-        save_adapter(target, model, config.adapter, base=base, card=card, origin=origin, replace=True)
-        return steps
-    save_model(
-        target,
-        model,
-        tokenizer=load_tokenizer(run / "tokenizer"),
-        chat_tuned=config.tune is not None and (is_chat_tuned(Path(config.tune.base)) or learned_chats(run)),
-        card=card,
-        origin=origin,
-        replace=True,
-    )
+        if base_sha256(base) != description["base_sha256"]:
+            what = "this is not the model that the run began with"
+            raise CheckpointError(what, file=base, fix="put the run's own base back")
+        save_adapter(target, model, config.adapter, base=base, **described)
+    else:
+        save_model(target, model, tokenizer=load_tokenizer(run / "tokenizer"), **described)
     return steps
 
 

@@ -51,7 +51,7 @@ def tune(arguments: argparse.Namespace) -> int:
     console.print(f"report   {printable(str(page))}")
     if kind == "adapter":
         console.print(
-            f"next     openelm adapter merge {printable(str(folder / kind))} -o {printable(str(folder))}/model"
+            f"next     openelm adapter merge {printable(str(folder / kind))} -o {printable(str(folder))}/merged"
         )
     else:
         console.print(f"next     openelm chat {printable(str(folder / kind))}")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openelm.adapters.adapter import add_adapter
+from openelm.adapters.adapter import add_adapter, published_name
+from openelm.adapters.description import CONFIG, WEIGHTS
 from openelm.errors import VerificationError
 from openelm.files.published import MANIFEST, verify_folder
 from openelm.model.config import ModelConfig
-from openelm.model.folder import ORIGIN, load_model, weights_sha256
+from openelm.model.folder import ORIGIN, load_model, read_tensors, weights_sha256
 from openelm.model.plan import matched_uniform_plan
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import weight_files
@@ -29,13 +30,16 @@ from openelm.train.checkpoint import STATE, load_checkpoint
 from openelm.train.data_lists import LISTS
 
 _READ = frozenset(
-    {"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "eval", "result.json", ".lock", *LISTS.values()}
+    {"run.json", "ledger.jsonl", "tokenizer", "checkpoints", "model", "adapter", "eval", "result.json", ".lock"}
+    | {*LISTS.values()}
 )
 _NOT_READ = {
     "report.html": "made from the ledger",
     "tensorboard": "made from the ledger",
     "ledger.torn": "the rest of a line that a crash cut short",
     "text": "compared from level 2 on, where run.json names it",
+    "reference.safetensors": "not read: the base rates the pairs again when updates are repeated",
+    "reference-held-out.safetensors": "not read: the base rates the pairs again when updates are repeated",
     "uniform": "a run of its own: verify it apart",
 }
 
@@ -52,7 +56,15 @@ def check_integrity(publication: Publication, findings: Findings) -> Tokenizer:
     findings.run("tokenizer", lambda: _tokenizer(publication, tokenizers, findings))
     findings.run("run.json and the ledger", lambda: _settings(publication, tokenizers[0], findings))
     findings.run("checkpoints", lambda: _checkpoints(publication, findings))
-    if (publication.folder / "model").exists():
+    if publication.config.adapter is not None:
+        if (publication.folder / "adapter").exists():
+            findings.run("published adapter", lambda: _adapter(publication, findings))
+        else:
+            findings.skip("published adapter", "the run has none")
+            _last_line(publication, None, findings)
+        if (publication.folder / "model").exists():
+            findings.skip("model", "the run publishes an adapter; what it was merged into is no part of it")
+    elif (publication.folder / "model").exists():
         findings.run("published model", lambda: _model(publication, tokenizers[0], findings))
     else:
         findings.skip("published model", "the run has no model folder")
@@ -242,6 +254,20 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
     found = _plain(model.config.model_dump(mode="json"))
     expect("config.json", _plain(publication.description.model), found, folder / "config.json")
     expect("tokenizer", tokenizer.sha256, load_tokenizer(folder).sha256, folder)
+    return _compare_with_mean(publication, folder, model.state_dict(), weight_files(folder)[0], findings)
+
+
+def _adapter(publication: Publication, findings: Findings) -> str:
+    folder = plain(publication.folder / "adapter")
+    verify_folder(folder, names=(CONFIG, WEIGHTS, ORIGIN))
+    _name_extras(folder, findings)
+    return _compare_with_mean(publication, folder, read_tensors(folder / WEIGHTS), WEIGHTS, findings)
+
+
+def _compare_with_mean(
+    publication: Publication, folder: Path, tensors: Mapping[str, Tensor], file: str, findings: Findings
+) -> str:
+    """Compare a published folder with the mean of the checkpoints that it names; an adapter's names are peft's."""
     origin = parse(Origin, read_json(folder / ORIGIN), folder / ORIGIN)
     _last_line(publication, origin.ledger_head, findings)
     steps = origin.averaged_steps
@@ -254,9 +280,10 @@ def _model(publication: Publication, tokenizer: Tokenizer, findings: Findings) -
         findings.skip("published weights", f"they are said to be a mean, and step {gone[0]} is not there any more")
         findings.weaken("published weights not compared")
         return "whole; its weights were not compared"
-    compare_tensors(
-        "the mean", mean_of_checkpoints(publication.folder, steps), model.state_dict(), folder / weight_files(folder)[0]
-    )
+    mean = mean_of_checkpoints(publication.folder, steps)
+    if publication.config.adapter is not None:
+        mean = {published_name(name): value for name, value in mean.items()}
+    compare_tensors("the mean", mean, tensors, folder / file)
     return f"bitwise the mean of the checkpoints of steps {listing}, as it says"
 
 

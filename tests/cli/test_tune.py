@@ -14,8 +14,16 @@ import torch
 
 from openelm.adapters.adapter import load_adapter
 from openelm.cli.main import main
+from openelm.files.published import write_manifest
 from openelm.model.config import ModelConfig
-from openelm.model.folder import is_chat_tuned, load_model, save_model, weights_sha256
+from openelm.model.folder import (
+    is_chat_tuned,
+    load_model,
+    read_tensors,
+    save_model,
+    weights_sha256,
+    write_tensors,
+)
 from openelm.model.transformer import OpenELM
 from openelm.release.verify import verify_run
 from openelm.text.tokenizer import ByteTokenizer
@@ -195,6 +203,53 @@ def test_the_published_adapter_is_the_last_checkpoint_on_the_base(
     state = model.state_dict()
     checkpoint = load_checkpoint(tmp_path / "run", 6).weights
     assert all(torch.equal(state[name], value) for name, value in checkpoint.items())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_exchanged_adapter_is_found_and_a_merge_into_the_run_is_no_fault(
+    tune: Callable[..., int], tmp_path: Path, base: Path, method: str
+) -> None:
+    run = tmp_path / "run"
+    assert tune(method, run) == 0
+    assert main(["adapter", "merge", str(run / "adapter"), "-o", str(run / "model")]) == 0
+    assert verify_run(run, level=0, segments=0, seed=0).difference is None
+    weights = run / "adapter/adapter_model.safetensors"
+    tensors = read_tensors(weights)
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    tensors[name][0, 0] += 1
+    write_tensors(weights, tensors)
+    write_manifest(run / "adapter")
+    difference = verify_run(run, level=0, segments=0, seed=0).difference
+    assert difference is not None and name in str(difference)
+
+
+def test_an_adapter_that_learned_chats_is_merged_into_a_model_that_did(
+    tune: Callable[..., int], tmp_path: Path
+) -> None:
+    assert tune("lora", tmp_path / "run") == 0
+    assert main(["adapter", "merge", str(tmp_path / "run/adapter"), "-o", str(tmp_path / "merged")]) == 0
+    assert is_chat_tuned(tmp_path / "merged")
+
+
+def test_an_adapter_is_not_published_for_a_base_that_changed_since(
+    tune: Callable[..., int], tmp_path: Path, base: Path
+) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    assert tune("lora", tmp_path / "run", "--model", str(own), "train.steps=2") == 0
+    other = load_model(own)
+    with torch.no_grad():
+        other.transformer.norm.weight[0] += 1
+    save_model(own, other, tokenizer=ByteTokenizer(), replace=True)
+    assert main(["average", str(tmp_path / "run"), "--last", "1"]) == 4
+
+
+def test_a_folder_called_like_a_recipe_is_not_taken_for_it(
+    tune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tune-lora").mkdir()
+    assert tune("lora", tmp_path / "run", "train.steps=2") == 0
 
 
 def test_a_model_that_learned_chats_is_published_as_one(tune: Callable[..., int], tmp_path: Path, base: Path) -> None:
