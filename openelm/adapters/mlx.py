@@ -6,10 +6,11 @@ from pathlib import Path
 
 from openelm.adapters.adapter import read_adapter
 from openelm.adapters.config import EMBEDDING
-from openelm.adapters.description import CONFIG, module_of
+from openelm.adapters.description import CONFIG, base_named, module_of
 from openelm.errors import ConfigError
 from openelm.files.published import publish_folder
 from openelm.model.folder import write_json, write_tensors
+from openelm.model.quantized import Quantization
 
 _NAMES = {
     "lora_A.weight": "lora_a",
@@ -28,12 +29,19 @@ def save_mlx_adapter(folder: Path, adapter: Path, *, replace: bool = False) -> N
 
     Raises:
         CheckpointError: the adapter cannot be read, or the folder exists and `replace` is false.
-        ConfigError: mlx-lm has no such adapter: DoRA's of the embedding, whose lengths it takes by rows.
+        ConfigError: mlx-lm has no such adapter: DoRA's of the embedding, whose lengths it takes by rows, or on a
+            quantised base, whose packed columns it takes for the real ones.
         DiskError: it cannot be written; nothing is left under its name.
     """
     config, weights = read_adapter(adapter)
     if config.kind == "dora" and EMBEDDING in config.targets:
         what = f"mlx-lm takes DoRA's lengths of {EMBEDDING} by rows, this adapter has them by columns"
+        raise ConfigError(what, fix="merge it: openelm adapter merge")
+    described_base = Path(base_named(adapter)) / "config.json"
+    if config.kind == "dora" and described_base.is_file() and Quantization.from_file(described_base) is not None:
+        what = (
+            "mlx-lm takes the packed columns of quantised matrices for the real ones, so that DoRA's lengths are wrong"
+        )
         raise ConfigError(what, fix="merge it: openelm adapter merge")
     modules = sorted({module_of(name) for name in weights})
     tensors = {}

@@ -25,6 +25,7 @@ from openelm.model.config import ModelConfig
 from openelm.model.device import reuse_freed_memory
 from openelm.model.folder import is_chat_tuned, save_model
 from openelm.model.transformer import OpenELM
+from openelm.release.answering import suite_probes
 from openelm.release.card import model_card
 from openelm.release.probes import probes
 from openelm.release.report import write_report
@@ -125,6 +126,7 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
     """Train an opened run with its probes; the first process shows the progress."""
     reuse_freed_memory()
     settings = run.config.train
+    suites = suite_probes(run)  # before long preparations: they may be missing
     with ExitStack() as opened:
         with WorkBar(console, MofNCompleteColumn(), "{what}: {done:,} of {total:,}") as bar:
             work = Work(run, processes, bar) if processes.leads else Work(run, processes)
@@ -145,7 +147,7 @@ def train_run(run: Run, console: Console, processes: Processes = ALONE) -> OpenE
             run,
             open_batches=open_batches,
             objective=objective,
-            probes=probes(run, held_out),
+            probes=probes(run, held_out, suites),
             observers=observers,
             processes=processes,
             facts={} if examples is None else {"examples": examples.facts()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,15 @@ def tune(arguments: argparse.Namespace) -> int:
         raise ConfigError("give either a recipe or a --method", fix="openelm tune --help shows examples")
     recipe = find_recipe(arguments.recipe or _of_method(arguments.method, arguments.adapter))
     values = read_recipe(recipe)
-    if "tune" not in values:
+    if not isinstance(values.get("tune"), Mapping):
         raise ConfigError("the recipe does not tune", file=recipe, fix="add [tune] with a base, or use openelm train")
-    values = apply_overrides(with_options(values, arguments), arguments.overrides)
+    if arguments.method in ADAPTERS and arguments.adapter not in (None, arguments.method):
+        what = f"--method {arguments.method} and --adapter {arguments.adapter} are two adapters"
+        raise ConfigError(what, fix="give one of them")
+    values = with_options(values, arguments)
+    if any(word.startswith("tune.epochs=") for word in arguments.overrides):
+        values["train"].pop("steps", None)
+    values = apply_overrides(values, arguments.overrides)
     check_given(values, recipe)
     if not any(word.startswith("train.length=") for word in arguments.overrides):
         values = within_context(values)
@@ -100,7 +106,8 @@ def check_given(values: dict[str, Any], recipe: Path) -> None:
     """
     if values["tune"].get("base", _MODEL) == _MODEL:
         raise ConfigError("no model to begin with is given", file=recipe, fix="give its folder with --model")
-    if any(source.get("paths") == [_EXAMPLES] for source in values["data"].get("sources", ())):
+    sources = values["data"].get("sources", ())
+    if any(isinstance(source, Mapping) and source.get("paths") == [_EXAMPLES] for source in sources):
         raise ConfigError("no examples are given", file=recipe, fix="give files with --data")
 
 
@@ -124,7 +131,7 @@ def with_steps(values: dict[str, Any], recipe: Path, console: Console) -> dict[s
     config = RunConfig.parse({**values, "train": {**settings, "steps": 1}}, file=recipe)
     if config.tune is None or config.tune.epochs is None:
         raise ConfigError("there are neither train.steps nor tune.epochs", file=recipe, fix="give one of them")
-    tokenizer = load_tokenizer(Path(config.tune.base))
+    tokenizer = load_tokenizer(Path(config.tokenizer.path or config.tune.base))
     with WorkBar(console, MofNCompleteColumn(), "{what}: {done:,} of {total:,}") as bar:
         told = functools.partial(bar, "counting examples")
         examples = read_examples(config, config.data.open_manifest(), tokenizer, told)

@@ -86,6 +86,9 @@ def suite_probes(run: Run) -> list[Probe]:
     limit = suites.limit
 
     def probe(name: str) -> Probe:
+        if name.startswith("bpb:"):
+            what = f"evaluation.suites: {name!r} is text, not questions"
+            raise ConfigError(what, fix="give it as [[held_out]], or openelm tune --text")
         tasks = load_suite(name, suites.data)
 
         def measure(model: OpenELM, step: int) -> Event:

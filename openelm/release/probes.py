@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from openelm.data.document import Document
@@ -13,7 +13,7 @@ from openelm.evaluate.score import Score, bits_per_byte
 from openelm.generate.engine import generate, generate_text
 from openelm.generate.sampling import SamplingConfig
 from openelm.model.transformer import OpenELM
-from openelm.release.answering import examples_probe, measures_at_start, suite_probes
+from openelm.release.answering import examples_probe, measures_at_start
 from openelm.text.chat import Message, encode_chat, render
 from openelm.text.tokenizer import Tokenizer
 from openelm.train.loop import Probe
@@ -24,15 +24,18 @@ from openelm.train.work import HeldOut
 _PROBED_DOCUMENTS = 64
 
 
-def probes(run: Run, held_out: HeldOut | None = None) -> list[Probe]:
+def probes(run: Run, held_out: HeldOut | None = None, suites: Sequence[Probe] = ()) -> list[Probe]:
     """Make the measurements that a run takes while it trains.
 
     They are bits per byte of held-out text, the loss on held-out examples, suites, and a sample a prompt.
+
+    Args:
+        suites: what `suite_probes` made.
     """
     found = [held_out_probe(run)] if run.held_out is not None else []
     if held_out is not None:
         found.append(examples_probe(run, held_out))
-    found += suite_probes(run)
+    found += suites
     at_start = measures_at_start(run)
     samplers = [sampler(run, prompt) for prompt in run.config.evaluation.prompts]
     samplers += [answerer(run, question) for question in run.config.evaluation.questions]

@@ -18,6 +18,10 @@ FIRST = "0" * 64
 _TAIL_BYTES = 1 << 16
 
 
+MEASUREMENTS = frozenset({"evaluation", "examples", "suite", "sample"})
+"""Kinds of events that say what a model does at a step."""
+
+
 def number(value: str | float) -> float:
     """Read a number of the ledger: hex text (exact to the bit) or a plain one."""
     return float.fromhex(value) if isinstance(value, str) else float(value)
@@ -73,11 +77,15 @@ def ledger_head(path: Path) -> str:
 
 
 def valid_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out what a later `rewind` declared void: events of steps after the one it went back to."""
+    """Leave out what a later `rewind` declared void: events of steps after the one it went back to.
+
+    A run that goes back to its beginning measures it again.
+    """
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["event"] == "rewind":
-            kept = [old for old in kept if old.get("step", 0) <= event["to"]]
+            void = () if event["to"] else MEASUREMENTS
+            kept = [old for old in kept if old.get("step", 0) <= event["to"] and old["event"] not in void]
         kept.append(event)
     return kept
 

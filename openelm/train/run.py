@@ -86,6 +86,23 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _examples_are_taken_as_they_are(self) -> Self:
+        """Refuse settings of text that tuning has no use for, and that would be missed in silence."""
+        if self.tune is None:
+            return self
+        if not self.train.document_mask:
+            raise ValueError("examples in a row must not see each other: leave train.document_mask at true")
+        weighted = any(source.weight != 1 for source in self.data.sources) or self.data.weights
+        unused = {
+            "exclude_documents": self.data.exclude_documents,
+            "weights": weighted,
+            "packing": self.data.packing != "documents",
+        }
+        if found := [f"data.{name}" for name, is_set in unused.items() if is_set]:
+            raise ValueError(f"{', '.join(found)}: not for examples, which are learned one as often as another")
+        return self
+
+    @model_validator(mode="after")
     def _length_fits(self) -> Self:
         if self.tune is None and self.train.length > self.model.context:
             raise ValueError(f"train.length {self.train.length} is longer than model.context {self.model.context}")

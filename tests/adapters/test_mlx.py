@@ -24,11 +24,12 @@ pytestmark = pytest.mark.filterwarnings("default")
 SOME = AdapterConfig(rank=4, alpha=8, targets=("out_proj", "proj_2"), layers=(1,))
 
 
-@pytest.mark.parametrize("config", [LORA, DORA, SOME], ids=["lora", "dora", "layers"])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [(LORA, None), (DORA, None), (SOME, None), (LORA, 4), (SOME, 4)],
+    ids=["lora", "dora", "layers", "lora-4bit", "layers-4bit"],
+)
 def test_mlx_lm_computes_the_same_logits(config: AdapterConfig, bits: int | None, tmp_path: Path) -> None:
-    if bits and config.kind == "dora":
-        pytest.skip("mlx-lm takes the packed columns for the real ones")
     plain = small() if bits is None else quantized(bits, small())
     tokenizer = train_tokenizer(["to be or not to be, that is the question"] * 9, vocab_size=280)
     save_model(tmp_path / "base", plain, tokenizer=tokenizer)
@@ -45,4 +46,12 @@ def test_mlx_lm_computes_the_same_logits(config: AdapterConfig, bits: int | None
 def test_doras_embedding_is_refused(tmp_path: Path, base: Path) -> None:
     save_adapter(tmp_path / "adapter", adapted(DORA_EVERYWHERE), DORA_EVERYWHERE, base=base)
     with pytest.raises(ConfigError, match="lengths of token_embeddings by rows"):
+        save_mlx_adapter(tmp_path / "mlx", tmp_path / "adapter")
+
+
+def test_dora_on_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    packed = quantized(4, small())
+    save_model(tmp_path / "base", packed)
+    save_adapter(tmp_path / "adapter", adapted(DORA, packed), DORA, base=tmp_path / "base")
+    with pytest.raises(ConfigError, match="packed columns"):
         save_mlx_adapter(tmp_path / "mlx", tmp_path / "adapter")

@@ -137,6 +137,26 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert weights_sha256(last[0].optimizer) == weights_sha256(last[1].optimizer)
 
 
+def test_a_run_that_begins_again_is_measured_again_and_once(
+    tune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Ledger.append
+
+    def append(ledger: Ledger, event: Mapping[str, Any]) -> None:
+        plain(ledger, event)
+        if event["event"] == "step":
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", append)
+        with pytest.raises(Interrupted):
+            tune("sft", tmp_path / "run", "evaluation.prompts=['1']")
+    assert tune("sft", tmp_path / "run", "evaluation.prompts=['1']") == 0
+    for kind in ("evaluation", "examples", "sample"):
+        assert [event["step"] for event in events(tmp_path / "run", kind)] == [0, 3, 6]
+    assert verify_run(tmp_path / "run", level=4, segments=1, seed=0).difference is None
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stranger_verifies_a_tuned_run_by_doing_it_again(
     tune: Callable[..., int], tmp_path: Path, method: str
@@ -336,6 +356,22 @@ def test_epochs_become_steps(tune: Callable[..., int], tmp_path: Path) -> None:
     assert config["tune"]["epochs"] == 1.5
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.document_mask=false", "must not see each other"),
+        ("data.exclude_documents=list.jsonl", "data.exclude_documents"),
+        ("data.packing=apple", "data.packing"),
+        ('evaluation.suites={ names = ["bpb:texts"] }', "--text"),
+    ],
+)
+def test_settings_that_would_be_missed_in_silence_are_refused(
+    tune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, said: str
+) -> None:
+    assert tune("sft", tmp_path / "run", setting) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_recipes_rows_are_as_short_as_the_context_of_the_base_asks_for(
     tune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +403,7 @@ def test_bad_rows_stop_the_run_or_are_counted_in_its_ledger(
         (["tune", "--method", "sft", "--out", "x", "--data", "y"], "--model"),
         (["tune", "--method", "sft", "--out", "x", "--model", "y"], "--data"),
         (["tune", "demo", "--out", "x"], "does not tune"),
+        (["tune", "--method", "lora", "--adapter", "dora", "--out", "x"], "two adapters"),
     ],
 )
 def test_what_is_missing_is_said(
