@@ -5,27 +5,18 @@ Answers each word of standard input, `step` or `stop`, with one JSON line. `benc
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.turns import answer, side_options
 from benchmarks.work import HYPERPARAMETERS, CannotCompare, Maker, Side, Work, tensors
 from openelm.bench.machine import allocator, peak_bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("precision", choices=("fp32", "bf16"))
-    parser.add_argument("threads", type=int)
-    options = parser.parse_args()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a package prints is no answer
+    options, answers = side_options(__doc__)
     import torch
 
     torch.set_num_threads(options.threads)
@@ -46,16 +37,7 @@ def main() -> None:
         return
     facts = {"parameters": side.parameters, **side.facts, "torch": torch.__version__, "allocator": allocator()}
     print(json.dumps(facts), file=answers)
-    for line in sys.stdin:
-        if line.strip() == "stop":
-            print(json.dumps({"peak_bytes": peak_bytes()}), file=answers)
-            break
-        began, cpu_began = time.perf_counter(), time.process_time()
-        result = side.step()
-        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
-        print(json.dumps({**spent, **result}), file=answers)
-    answers.flush()
-    os._exit(0)  # a peer's own loop may still wait in a thread for its next turn
+    answer(side.step, answers, peak_bytes)
 
 
 def our_side(folder: Path, work: Work, precision: Any, *, keep_freed_memory: bool) -> Side:

@@ -7,23 +7,20 @@ them, or `flat`, joined to one row whose examples do not see each other. Answers
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import torch
 
+from benchmarks.turns import answer, side_options
 from openelm.bench.machine import peak_bytes
-from openelm.cli.tune import find_recipe, read_recipe
+from openelm.cli.train import find_recipe, read_recipe
 from openelm.config import apply_overrides
 from openelm.data.example_stream import ExampleStream
 from openelm.data.examples import Examples
@@ -45,29 +42,14 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("precision", choices=("fp32", "bf16"))
-    parser.add_argument("threads", type=int)
-    options = parser.parse_args()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a package prints is no answer
+    options, answers = side_options(__doc__)
     torch.set_num_threads(options.threads)
     kind, _, how = options.side.partition("-")
     given = json.loads((options.folder / "work.json").read_text())
     run = open_run(options.folder / f"run-{options.side}", config(given, options.precision))
     side = our_side(run) if kind == "ours" else their_side(run, *how.split("-"))
     print(json.dumps({"learning": side.learning, "torch": torch.__version__, **side.facts}), file=answers)
-    for line in sys.stdin:
-        if line.strip() == "stop":
-            print(json.dumps({"peak_bytes": peak_bytes()}), file=answers)
-            break
-        began = time.perf_counter()
-        result = side.step()
-        print(json.dumps({"seconds": time.perf_counter() - began, **result}), file=answers)
-    answers.flush()
-    os._exit(0)  # trl's loop still waits in a thread for its next turn
+    answer(side.step, answers, peak_bytes)
 
 
 def config(given: dict[str, Any], precision: str) -> RunConfig:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {
@@ -18,6 +21,33 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+def side_options(about: str | None) -> tuple[argparse.Namespace, TextIO]:
+    """Read a side's command line, in its own process; also returns where its answers go."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("side")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("precision", choices=("fp32", "bf16"))
+    parser.add_argument("threads", type=int)
+    options = parser.parse_args()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a package prints is no answer
+    return options, answers
+
+
+def answer(step: Callable[[], Mapping[str, Any]], answers: TextIO, peak_bytes: Callable[[], int]) -> None:
+    """Step at each word, and at "stop" say what memory it took and end this process."""
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            print(json.dumps({"peak_bytes": peak_bytes()}), file=answers)
+            break
+        began, cpu_began = time.perf_counter(), time.process_time()
+        result = step()
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
+        print(json.dumps({**spent, **result}), file=answers)
+    answers.flush()
+    os._exit(0)  # a peer's own loop may still wait in a thread for its next turn
 
 
 class SideEnded(Exception):

@@ -34,13 +34,15 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
         help="examples, .jsonl(.gz/.zst), .json or .parquet: messages, ShareGPT's conversations, Alpaca's instruction "
         "and output, prompt and completion, or prompt, chosen and rejected",
     )
-    parser.add_argument("--held-out", nargs="+", metavar="PATH", help="examples to measure on, before and after")
+    parser.add_argument(
+        "--held-out", nargs="+", metavar="PATH", help="examples to measure on, before and after: the first 256"
+    )
     parser.add_argument("--text", nargs="+", metavar="PATH", help="held-out text: bits per byte, before and after")
     parser.add_argument(
         "--suite", nargs="+", metavar="SUITE", help="questions to answer before and after, as openelm eval --suite"
     )
     parser.add_argument("--epochs", type=float, metavar="N", help="how often each example is learned (tune.epochs)")
-    parser.add_argument("--seed", type=int, help="order of examples, adapter's first weights (default: 0)")
+    parser.add_argument("--seed", type=int, help="order of examples, adapter's first weights (default: the recipe's)")
     parser.add_argument("--out", required=True, help="run folder; the same command resumes")
     parser.add_argument(
         "--allow-change",

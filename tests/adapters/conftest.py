@@ -19,21 +19,9 @@ from openelm.model.quantized import Quantization, hold_quantized, packed, rounde
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import in_memory
 
-from ..conftest import randomise
+from ..conftest import GROUPED, randomise
 
-CONFIG = ModelConfig.parse(
-    {
-        "vocab_size": 300,
-        "max_context_length": 64,
-        "num_transformer_layers": 3,
-        "model_dim": 64,
-        "head_dim": 16,
-        "num_query_heads": [2, 4, 6],
-        "num_kv_heads": [1, 2, 3],
-        "ffn_multipliers": [0.5, 1.0, 1.5],
-        "ffn_dim_divisor": 32,
-    }
-)
+CONFIG = ModelConfig.parse(GROUPED)
 LORA = AdapterConfig(rank=4, alpha=8, dropout=0.0)
 DORA = AdapterConfig(kind="dora", rank=4, alpha=8, dropout=0.0)
 DORA_EVERYWHERE = AdapterConfig(kind="dora", rank=4, alpha=8, dropout=0.0, targets=TARGETS)

@@ -15,7 +15,6 @@ import torch
 from openelm.adapters.adapter import load_adapter
 from openelm.cli.main import main
 from openelm.files.published import write_manifest
-from openelm.model.config import ModelConfig
 from openelm.model.folder import (
     is_chat_tuned,
     load_model,
@@ -24,11 +23,12 @@ from openelm.model.folder import (
     weights_sha256,
     write_tensors,
 )
-from openelm.model.transformer import OpenELM
 from openelm.release.verify import verify_run
 from openelm.text.tokenizer import ByteTokenizer
 from openelm.train.checkpoint import checkpoint_folder, load_checkpoint
 from openelm.train.ledger import Ledger, read_ledger, valid_events
+
+from ..conftest import save_tiny_base
 
 QUIET = [
     "train.device=cpu",
@@ -54,26 +54,7 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    tokenizer = ByteTokenizer()
-    config = ModelConfig.parse(
-        {
-            "vocab_size": tokenizer.vocab_size,
-            "num_transformer_layers": 2,
-            "model_dim": 32,
-            "head_dim": 8,
-            "num_gqa_groups": 2,
-            "ffn_dim_divisor": 16,
-            "max_context_length": 128,
-            "rope_max_length": 256,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-        }
-    )
-    model = OpenELM(config)
-    model.initialise(torch.Generator().manual_seed(0))
-    save_model(folder, model, tokenizer=tokenizer)
-    return folder
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,8 @@ from openelm.model.sizes import model_size
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import Tokenizer, train_tokenizer
 
-from ..conftest import randomise
+from ..conftest import ODD, randomise
 
-ODD = {
-    "vocab_size": 300,
-    "max_context_length": 64,
-    "rope_max_length": 256,
-    "num_transformer_layers": 3,
-    "model_dim": 64,
-    "head_dim": 16,
-    "num_query_heads": [2, 6, 3],
-    "num_kv_heads": [1, 2, 3],
-    "ffn_multipliers": [0.5, 1.5, 2.5],
-    "ffn_dim_divisor": 32,
-}
 PUBLISHED = ("270m", "450m", "1.1b", "3b")
 
 Publish = Callable[..., Path]

@@ -23,6 +23,8 @@ from openelm.model.folder import load_model, weights_sha256
 from openelm.model.transformer import OpenELM
 from openelm.text.tokenizer import ByteTokenizer, load_tokenizer
 
+from ..conftest import randomise
+
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -58,15 +60,7 @@ TEXTS = [
 
 def llama(**fields: Any) -> Any:
     """A Llama of transformers in which every weight matters: norms between 0.3 and 1.7, matrices by their width."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **fields})).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.3, 1.7, generator=generator)
-            else:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    return model
+    return randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **fields})).eval())
 
 
 def converted(source: Path, out: Path, **options: Any) -> Path:

@@ -20,23 +20,12 @@ from openelm.model.quantized import packed, rounded
 from openelm.model.transformer import OpenELM
 from openelm.model.weights import in_memory
 
+from ..conftest import GROUPED as FIELDS
 from ..conftest import randomise
 
 MakeModel = Callable[..., OpenELM]
 MakeFolder = Callable[..., Path]
-GROUPED = ModelConfig.parse(
-    {
-        "vocab_size": 40,
-        "max_context_length": 64,
-        "num_transformer_layers": 3,
-        "model_dim": 64,
-        "head_dim": 16,
-        "num_query_heads": [2, 4, 6],
-        "num_kv_heads": [1, 2, 3],
-        "ffn_multipliers": [0.5, 1.0, 1.5],
-        "ffn_dim_divisor": 32,
-    }
-)
+GROUPED = ModelConfig.parse({**FIELDS, "vocab_size": 40})
 """Rows of whole groups of 32."""
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from openelm.cli.train import publish_average
 from openelm.config import apply_overrides
-from openelm.data.stream import BatchStream
 from openelm.files.atomic import make_folder
 from openelm.files.hashes import canonical_json, sha256_bytes
 from openelm.files.locks import folder_lock
@@ -27,6 +26,7 @@ from openelm.train.checkpoint import checkpoint_folder
 from openelm.train.loop import train
 from openelm.train.objectives import NextToken
 from openelm.train.run import RunConfig, open_run
+from openelm.train.work import Work
 
 from ..conftest import tiny_recipe
 
@@ -74,7 +74,7 @@ class Workshop:
         folder: Path,
         *overrides: str,
         stop_at: Callable[[Mapping[str, Any]], bool] = lambda event: False,
-        wrap: Callable[[BatchStream], Any] = lambda stream: stream,
+        wrap: Callable[[Any], Any] = lambda stream: stream,
         allow_change: Sequence[str] = (),
     ) -> bool:
         """Start a run, or go on with it; `stop_at` pulls the plug at an event. Tells whether it went on to its end."""
@@ -89,11 +89,7 @@ class Workshop:
             settings = run.config.train
 
             def open_batches(cursors: list[dict[str, Any]] | None) -> Any:
-                stream = BatchStream(
-                    run.config.data, run.manifest, run.tokenizer, run.tokenizer_folder,
-                    seed=settings.seed, rows=settings.rows, length=settings.length, cursors=cursors,
-                )  # fmt: skip
-                return wrap(opened.enter_context(stream))
+                return wrap(opened.enter_context(Work(run).open_batches(cursors)))
 
             try:
                 train(

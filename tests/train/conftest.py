@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from openelm.config import apply_overrides
-from openelm.data.stream import BatchStream
 from openelm.files.atomic import make_folder
 from openelm.files.locks import folder_lock
 from openelm.model.folder import weights_sha256
@@ -23,6 +22,7 @@ from openelm.train.ledger import read_ledger, valid_events
 from openelm.train.loop import train
 from openelm.train.objectives import NextToken
 from openelm.train.run import Run, RunConfig, open_run
+from openelm.train.work import Work
 
 from ..conftest import tiny_recipe
 from .forks import Launch
@@ -88,18 +88,8 @@ class Bench:
             settings = run.config.train
             with contextlib.ExitStack() as streams:
 
-                def open_batches(cursors: list[dict[str, Any]] | None) -> BatchStream:
-                    stream = BatchStream(
-                        run.config.data,
-                        run.manifest,
-                        run.tokenizer,
-                        run.tokenizer_folder,
-                        seed=settings.seed,
-                        rows=settings.rows,
-                        length=settings.length,
-                        cursors=cursors,
-                    )
-                    return streams.enter_context(stream)
+                def open_batches(cursors: list[dict[str, Any]] | None) -> Any:
+                    return streams.enter_context(Work(run).open_batches(cursors))
 
                 return train(
                     run,

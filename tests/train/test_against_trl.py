@@ -26,24 +26,13 @@ from openelm.text.chat import CHAT_TEMPLATE
 from openelm.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from openelm.train.objectives import NextToken, Objective, Preference, PreferenceLoss, Rows, answer_log_likelihoods
 
-from ..conftest import randomise
+from ..conftest import ODD, randomise
 
 trl, datasets, peft, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "peft", "transformers"))
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 LENGTH = 192
-MODEL = {
-    "vocab_size": 300,
-    "max_context_length": 256,
-    "rope_max_length": 256,
-    "num_transformer_layers": 3,
-    "model_dim": 64,
-    "head_dim": 16,
-    "num_query_heads": [2, 6, 3],
-    "num_kv_heads": [1, 2, 3],
-    "ffn_multipliers": [0.5, 1.5, 2.5],
-    "ffn_dim_divisor": 32,
-}
+MODEL = {**ODD, "max_context_length": 256}
 TEXT = "The quick brown fox jumps over the lazy dog; a model talks, and nobody listens to what it says. " * 40
 ANSWERS = [
     {"prompt": "The quick brown", "completion": " fox jumps"},

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from openelm.config import apply_overrides
-from openelm.model.config import ModelConfig
-from openelm.model.folder import save_model, weights_sha256
-from openelm.model.transformer import OpenELM
-from openelm.text.tokenizer import ByteTokenizer
+from openelm.model.folder import weights_sha256
 from openelm.train.checkpoint import load_checkpoint
 from openelm.train.ledger import read_ledger
 
+from ..conftest import save_tiny_base
 from .forks import Launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -32,24 +29,7 @@ class Recipe:
     """What a launch starts from."""
 
     def __init__(self, folder: Path) -> None:
-        self.base, self.pairs = folder / "base", folder / "pairs.jsonl"
-        tokenizer = ByteTokenizer()
-        config = ModelConfig.parse(
-            {
-                "vocab_size": tokenizer.vocab_size,
-                "num_transformer_layers": 2,
-                "model_dim": 32,
-                "head_dim": 8,
-                "num_gqa_groups": 2,
-                "ffn_dim_divisor": 16,
-                "max_context_length": 128,
-                "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": tokenizer.eos_id,
-            }
-        )
-        model = OpenELM(config)
-        model.initialise(torch.Generator().manual_seed(0))
-        save_model(self.base, model, tokenizer=tokenizer)
+        self.base, self.pairs = save_tiny_base(folder / "base"), folder / "pairs.jsonl"
         rows = ({"prompt": f"{n} is ", "chosen": f"number {n}", "rejected": f"no {n * n}"} for n in range(20))
         self.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
